@@ -1,0 +1,81 @@
+"""Reading what a checkpoint was trained with, and keeping checkpoint files whole."""
+
+import argparse
+import os
+import pickle
+
+import torch
+from fairseq.file_io import PathManager
+from omegaconf import OmegaConf
+
+from lslora_fairseq.errors import ConfigError
+
+
+def allow_fairseq_checkpoints():
+    """Lets ``torch.load`` read fairseq checkpoints with its safe loader (torch ≥ 2.6).
+
+    They hold an ``argparse.Namespace`` beside tensors and plain values.
+    """
+    if hasattr(torch.serialization, "add_safe_globals"):
+        torch.serialization.add_safe_globals([argparse.Namespace])
+
+
+def copy_checkpoints_atomically():
+    """Makes fairseq's copy of a checkpoint appear under its name only once it is complete.
+
+    fairseq writes ``checkpoint3.pt`` and copies it over ``checkpoint_last.pt``: a run killed
+    during that copy could not be resumed.
+    """
+    copy = PathManager.copy
+    if getattr(copy, "atomic", False):
+        return
+
+    def atomic_copy(src_path, dst_path, overwrite=False):
+        if not PathManager.supports_rename(dst_path):
+            return copy(src_path, dst_path, overwrite=overwrite)
+        done = copy(src_path, dst_path + ".tmp", overwrite=True)
+        os.replace(dst_path + ".tmp", dst_path)
+        return done
+
+    atomic_copy.atomic = True
+    PathManager.copy = staticmethod(atomic_copy)
+
+
+def read_args(path):
+    """The options a checkpoint was trained with, task and model alike.
+
+    The weights are memory-mapped, not read.
+
+    Returns:
+        dict of option name -> value
+
+    Raises:
+        ConfigError: the file cannot be read as a fairseq checkpoint.
+    """
+    try:
+        try:
+            state = torch.load(path, map_location="cpu", mmap=True)
+        except RuntimeError:  # a file of torch's old format cannot be mapped
+            state = torch.load(path, map_location="cpu")
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(f"cannot read the checkpoint {path}: {reason}") from None
+    if not isinstance(state, dict) or "model" not in state:
+        raise ConfigError(f"{path} is not a fairseq checkpoint: it holds no model")
+    options = dict(vars(state["args"])) if state.get("args") else {}
+    for group in ("task", "model"):
+        section = (state.get("cfg") or {}).get(group)
+        if isinstance(section, argparse.Namespace):
+            section = vars(section)
+        elif OmegaConf.is_config(section):
+            section = OmegaConf.to_container(section)
+        options.update(section or {})
+    return options
+
+
+def resumed_checkpoint(args):
+    """Path of the checkpoint that ``fairseq-train`` with these *args* will resume, or None."""
+    path = getattr(args, "restore_file", None) or "checkpoint_last.pt"
+    if path == "checkpoint_last.pt":
+        path = os.path.join(getattr(args, "save_dir", None) or "checkpoints", path)
+    return path if os.path.isfile(path) else None

@@ -1,0 +1,226 @@
+"""Every option of language-specific LoRA and of pruning: help text, defaults, validation."""
+
+from collections import Counter
+from dataclasses import dataclass, field, fields
+from typing import Optional
+
+from fairseq.dataclass import FairseqDataclass
+
+from lslora_fairseq.errors import ConfigError
+from lslora_fairseq.languages import Languages
+from lslora_fairseq.lora import plan
+from lslora_fairseq.pruning.schedule import Schedule
+
+_ENCODER_DEFAULT = "self_attn.q_proj,self_attn.k_proj,self_attn.v_proj,fc1,fc2"
+_DECODER_DEFAULT = (
+    "self_attn.q_proj,self_attn.k_proj,self_attn.v_proj,"
+    "encoder_attn.q_proj,encoder_attn.k_proj,encoder_attn.v_proj,fc1,fc2"
+)
+
+
+def _option(default, text):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class LSLoConfig(FairseqDataclass):
+    """Where the adapters sit and how large they are; saved with every checkpoint."""
+
+    lora_tiers: Optional[str] = _option(
+        None,
+        "languages by resource tier: 'high=en,fr;medium=nl;low=oc,wo', or a TSV file of lines "
+        "code<TAB>tier (required unless a checkpoint is resumed)",
+    )
+    lora_rank: str = _option(
+        "8",
+        "rank of every adapter, or of each tier: 'high=2,medium=2,low=8'; a language code may "
+        "stand for a tier and wins over it (default: 8)",
+    )
+    lora_alpha: Optional[str] = _option(
+        None,
+        "adapters are scaled by alpha / rank; a number, or one for each tier or language like "
+        "--lora-rank (default: alpha = rank, no scaling)",
+    )
+    lora_dropout: float = _option(
+        0.0, "probability of dropping an entry of the adapters' input in training (default: 0)"
+    )
+    encoder_target_modules: str = _option(
+        _ENCODER_DEFAULT,
+        "linears of an encoder layer that get adapters, comma-separated; valid: "
+        f"{', '.join(plan.MODULES['encoder'])}; 'none' for none (default: {_ENCODER_DEFAULT})",
+    )
+    decoder_target_modules: str = _option(
+        _DECODER_DEFAULT,
+        "linears of a decoder layer that get adapters; valid: "
+        f"{', '.join(plan.MODULES['decoder'])}; 'none' for none (default: {_DECODER_DEFAULT})",
+    )
+    encoder_lora_layers: Optional[str] = _option(
+        None, "encoder layers that get adapters, such as 0-5,8 (default: all)"
+    )
+    decoder_lora_layers: Optional[str] = _option(
+        None, "decoder layers that get adapters (default: all)"
+    )
+    encoder_index_side: Optional[str] = _option(
+        None,
+        "language that indexes each encoder layer: source, target, or counts such as "
+        "'source*9,target*3' (default: the first three quarters source, the rest target)",
+    )
+    decoder_index_side: str = _option(
+        "target", "language that indexes each decoder layer (default: target)"
+    )
+    lora_shape: str = _option(
+        "full",
+        "full: adapters span the whole linear; square: feed-forward adapters see only the first "
+        "d of the inner dimension, as in the authors' code (default: full)",
+    )
+
+
+LORA_FIELDS = tuple(f.name for f in fields(LSLoConfig) if not f.name.startswith("_"))
+
+
+@dataclass
+class PruningConfig(FairseqDataclass):
+    """The gradual pruning schedule of the ``pruned_*`` optimizers (method, section 4)."""
+
+    pruning_final_sparsity: float = _option(
+        0.9, "share of entries removed at the end, in [0, 1); 0 prunes nothing (default: 0.9)"
+    )
+    pruning_begin: int = _option(
+        2, "epoch or update from which the share of removed entries rises (default: 2)"
+    )
+    pruning_duration: int = _option(
+        10, "epochs or updates over which it rises, by a cubic law (default: 10)"
+    )
+    pruning_unit: str = _option("epoch", "unit of begin and duration: epoch or update")
+    pruning_scope: str = _option(
+        "language",
+        "what shares one threshold: language (each language ends at the same sparsity) or layer "
+        "(the languages of a layer compete)",
+    )
+    pruning_target: str = _option(
+        "B", "factors that are pruned: B, or AB (each with a threshold of its own)"
+    )
+
+    def validated(self):
+        """Returns the :class:`Schedule`.
+
+        Raises:
+            ConfigError: an option is out of range; the message names it.
+        """
+        for option, value, valid in (
+            ("--pruning-scope", self.pruning_scope, ("language", "layer")),
+            ("--pruning-target", self.pruning_target, ("B", "AB")),
+        ):
+            if value not in valid:
+                raise ConfigError(f"{option} {value} must be {' or '.join(valid)}")
+        return Schedule(
+            self.pruning_final_sparsity,
+            self.pruning_begin,
+            self.pruning_duration,
+            self.pruning_unit,
+        )
+
+    def warning(self, max_epoch, max_update):
+        """One line if the schedule ends after the run does, else None (0 = no limit)."""
+        limit = max_epoch if self.pruning_unit == "epoch" else max_update
+        end = self.pruning_begin + self.pruning_duration
+        if limit and self.pruning_final_sparsity and end > limit:
+            return (
+                f"the pruning schedule ends at {self.pruning_unit} {end}, after the run's last "
+                f"({limit}): --pruning-final-sparsity {self.pruning_final_sparsity} is not "
+                "reached; lower --pruning-begin or --pruning-duration, or train longer"
+            )
+        return None
+
+
+@dataclass(frozen=True)
+class AdapterPlan:
+    """A validated :class:`LSLoConfig`, resolved for one model.
+
+    Attributes:
+        languages: the inventory
+        ranks, alphas: one for each language, in the inventory's order
+        sites: every linear with adapters
+        sides: stack -> index side of each layer
+    """
+
+    languages: Languages
+    ranks: tuple
+    alphas: tuple
+    sites: tuple
+    sides: dict
+    dropout: float
+
+    def needs(self, side):
+        """Whether any site is indexed by this side's language."""
+        return any(site.side == side for site in self.sites)
+
+    def table(self, base_parameters):
+        """Trainable parameters per tier, side and module type, and their share of the base."""
+        languages = self.languages
+        rows = []
+        for tier in languages.tiers:
+            members = [i for i, code in enumerate(languages.codes) if languages.tier(code) == tier]
+            count = Counter()
+            for site in self.sites:
+                count[site.side, site.module] += sum(site.entries(self.ranks[i]) for i in members)
+            for side in plan.SIDES:
+                rows += [(tier, "", *key, n) for key, n in count.items() if key[0] == side]
+            rows.append((tier, len(members), "all", "all", sum(count.values())))
+        total = sum(row[-1] for row in rows if row[1])
+        rows.append(("total", len(languages), "all", "all", total))
+        form = "{:<12}{:>9}  {:<8}{:<20}{:>14}{:>10}".format
+        return "\n".join(
+            [form("tier", "languages", "side", "module", "trainable", "of base")]
+            + [form(*row[:4], f"{row[4]:,}", f"{row[4] / base_parameters:.3%}") for row in rows]
+        )
+
+
+def resolve(config, layers, dims):
+    """Validates a config against a model and resolves it.
+
+    Args:
+        config: an :class:`LSLoConfig`
+        layers: stack -> number of layers
+        dims: stack -> module name -> (in_features, out_features)
+
+    Returns:
+        :class:`AdapterPlan`; *config* is normalised in place to a form that needs no other file.
+
+    Raises:
+        ConfigError: naming the option and the remedy.
+    """
+    if not config.lora_tiers:
+        raise ConfigError(
+            "--lora-tiers is missing: list the languages by tier, such as "
+            "'high=en,fr;low=oc', or name a TSV file"
+        )
+    if config.lora_shape not in ("full", "square"):
+        raise ConfigError(f"--lora-shape {config.lora_shape} must be full or square")
+    if not 0 <= config.lora_dropout < 1:
+        raise ConfigError(f"--lora-dropout {config.lora_dropout} must lie in [0, 1)")
+    languages = Languages.parse(config.lora_tiers)
+    ranks = languages.per_language(config.lora_rank, "--lora-rank", int)
+    alphas = ranks
+    if config.lora_alpha is not None:
+        alphas = languages.per_language(config.lora_alpha, "--lora-alpha", float)
+    if config.encoder_index_side is None:
+        config.encoder_index_side = plan.default_encoder_sides(layers["encoder"])
+    sites, all_sides = [], {}
+    for stack in ("encoder", "decoder"):
+        option = f"--{stack}-index-side"
+        sides = plan.parse_index_sides(
+            getattr(config, f"{stack}_index_side"), layers[stack], option
+        )
+        chosen = plan.parse_layers(
+            getattr(config, f"{stack}_lora_layers"), layers[stack], f"--{stack}-lora-layers"
+        )
+        text = getattr(config, f"{stack}_target_modules")
+        modules = ()
+        if text != "none":
+            modules = plan.parse_target_modules(text, stack, f"--{stack}-target-modules")
+        sites += plan.plan_sites(stack, chosen, sides, modules, dims[stack], config.lora_shape)
+        all_sides[stack] = sides
+    plan.check_ranks(ranks, languages.codes, sites)
+    config.lora_tiers = languages.spec
+    return AdapterPlan(languages, ranks, alphas, tuple(sites), all_sides, config.lora_dropout)

@@ -1,0 +1,30 @@
+"""Errors that a user can mend, told in one line."""
+
+import os
+from contextlib import contextmanager
+
+
+class ConfigError(ValueError):
+    """A setting, file or checkpoint is wrong; the message names the cause and the remedy."""
+
+
+class UserError(SystemExit):
+    """Ends the command with one line on stderr and exit status 1, without a traceback.
+
+    fairseq answers any ``Exception`` during loading with its own advice; a ``SystemExit`` gets
+    through with ours.
+    """
+
+
+@contextmanager
+def one_line_errors(*also):
+    """Turns a :class:`ConfigError` (and the exception types in *also*) into a one-line exit.
+
+    Set ``LSLORA_TRACEBACK=1`` to see the traceback instead.
+    """
+    try:
+        yield
+    except (ConfigError, *also) as error:
+        if os.environ.get("LSLORA_TRACEBACK"):
+            raise
+        raise UserError(f"lslora: error: {error}") from None

@@ -1,0 +1,1 @@
+"""Language-specific LoRA in plain torch; knows nothing of fairseq."""

@@ -1,0 +1,3 @@
+"""fairseq glue: optimizers that treat every language on its own and prune its adapters."""
+
+from lslora_fairseq.optim import pruned  # noqa: F401

@@ -1,0 +1,1 @@
+"""Gradual pruning in plain torch; knows nothing of fairseq."""

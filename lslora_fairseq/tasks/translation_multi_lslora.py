@@ -1,0 +1,248 @@
+"""The multilingual translation task: picks every sentence's adapters by its language tokens."""
+
+import functools
+import logging
+import os
+from argparse import Namespace
+
+import torch
+from fairseq.logging import metrics
+from fairseq.tasks import register_task
+from fairseq.tasks.translation_multi_simple_epoch import TranslationMultiSimpleEpochTask
+
+from lslora_fairseq.checkpoints import read_args, resumed_checkpoint
+from lslora_fairseq.config import LORA_FIELDS, PruningConfig
+from lslora_fairseq.errors import ConfigError, one_line_errors
+from lslora_fairseq.languages import Languages
+from lslora_fairseq.lora.plan import SIDES
+from lslora_fairseq.models.loading import BaseModel
+from lslora_fairseq.optim.pruned import PrunedOptimizer
+from lslora_fairseq.tasks.langtok_ids import LangtokIds, offered_sides
+
+logger = logging.getLogger(__name__)
+
+# what generation takes from the checkpoint unless the command line gives it
+TASK_FIELDS = (
+    "langs",
+    "lang_dict",
+    "lang_pairs",
+    "encoder_langtok",
+    "decoder_langtok",
+    "lang_tok_replacing_bos_eos",
+    "lang_tok_style",
+    "langtoks_specs",
+)
+
+
+@register_task("translation_multi_lslora")
+class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
+    """``translation_multi_simple_epoch`` for models with language-specific adapters.
+
+    In training and validation the languages of a sentence are read from its language tokens,
+    wherever ``--encoder-langtok``, ``--decoder-langtok`` and ``--lang-tok-replacing-bos-eos`` put
+    them. In generation the source cannot show the target language, so the task passes on what
+    ``-s`` and ``-t`` say.
+    """
+
+    languages = None  # the model's inventory, known once a model is built
+    _epoch = 1
+
+    @classmethod
+    def load_dictionary(cls, filename):
+        dictionary = super().load_dictionary(filename)
+        dictionary.rows_in_file = len(dictionary)  # before language tokens are appended
+        return dictionary
+
+    @classmethod
+    def setup_task(cls, args, **kwargs):
+        with one_line_errors(ValueError, FileNotFoundError):
+            if args.source_lang is not None and args.target_lang is not None:
+                _restore_task_options(args)
+            elif getattr(args, "optimizer", None):
+                _check_optimizer(args)
+            return super().setup_task(args, **kwargs)
+
+    def build_model(self, args, from_checkpoint=False):
+        with one_line_errors():
+            base = None
+            if not from_checkpoint:
+                resumed = resumed_checkpoint(args)
+                if resumed:
+                    _restore_lora_options(args, resumed, self.langs)
+                elif getattr(args, "finetune_from_model", None):
+                    base = _read_base(args.finetune_from_model)
+            model = super().build_model(args, from_checkpoint)
+            if not hasattr(model, "plan"):  # a stock model: nothing to route
+                return model
+            model.base = base
+            self._check_languages(model)
+            self._prepare_ids(model)
+        return model
+
+    def _check_languages(self, model):
+        """Every language of the data has an adapter, every adapter a language token."""
+        if self.languages is not None and self.languages.codes != model.languages.codes:
+            raise ConfigError(
+                "the models of the ensemble have adapters for different languages: "
+                f"{', '.join(self.languages.codes)} and {', '.join(model.languages.codes)}"
+            )
+        self.languages = model.languages
+        used = {"source": set(self.source_langs), "target": set(self.target_langs)}
+        for side in SIDES:
+            lacking = sorted(c for c in used[side] if c not in self.languages)
+            if lacking and model.plan.needs(side):
+                raise ConfigError(
+                    f"no adapter for {', '.join(lacking)} of the data: add it to --lora-tiers "
+                    f"(adapters: {', '.join(self.languages.codes)})"
+                )
+        absent = [c for c in self.languages.codes if c not in self.langs]
+        if absent and self.training:
+            raise ConfigError(
+                f"--lora-tiers has {', '.join(absent)}, absent from --langs "
+                f"({','.join(self.langs)}): it would have no language token"
+            )
+
+    def _prepare_ids(self, model):
+        needed = [side for side in SIDES if model.plan.needs(side)]
+        if not self.training:
+            self._ids = {
+                "source_lang_ids": _index(self.languages, self.args.source_lang),
+                "target_lang_ids": _index(self.languages, self.args.target_lang),
+            }
+            return
+        offered = offered_sides(self.args.langtoks, self.args.lang_tok_replacing_bos_eos)
+        for side in needed:
+            if side not in offered:
+                flag = "--encoder-langtok src" if side == "source" else "--decoder-langtok"
+                raise ConfigError(
+                    f"layers indexed by the {side} language need its token in every sentence, "
+                    f"and the data has none: add {flag}, or index those layers by the other side "
+                    "(--encoder-index-side, --decoder-index-side)"
+                )
+        self._read_ids = LangtokIds(
+            self.source_dictionary,
+            self.languages,
+            self.args.langtoks_specs,
+            self.args.lang_tok_style,
+            {side: offered[side] for side in needed},
+        )
+
+    def load_dataset(self, split, *args, **kwargs):
+        super().load_dataset(split, *args, **kwargs)
+        dataset = self.datasets[split]
+        if self.training and self.languages is not None and not hasattr(dataset, "_lslora"):
+            dataset._lslora = True
+            dataset.collater = functools.partial(self._collate, dataset.collater)
+
+    def _collate(self, collater, samples):
+        batch = collater(samples)
+        if batch:
+            with one_line_errors():
+                batch["net_input"].update(self._read_ids(batch["net_input"]))
+        return batch
+
+    def inference_step(self, generator, models, sample, *args, **kwargs):
+        net_input = sample["net_input"]
+        if self.languages is not None:
+            for key, index in self._ids.items():
+                if index is not None and key not in net_input:
+                    tokens = net_input["src_tokens"]
+                    net_input[key] = tokens.new_full((tokens.size(0),), index)
+        return super().inference_step(generator, models, sample, *args, **kwargs)
+
+    def build_bpe(self, args):
+        path = getattr(args, "sentencepiece_model", None)
+        with one_line_errors():
+            if path is not None and "://" not in path and not os.path.isfile(path):
+                raise ConfigError(
+                    f"--sentencepiece-model {path}: no such file; name the model that made the "
+                    "training data"
+                )
+        return super().build_bpe(args)
+
+    def begin_epoch(self, epoch, model):
+        super().begin_epoch(epoch, model)
+        self._epoch = epoch
+
+    def train_step(self, sample, model, criterion, optimizer, update_num, ignore_grad=False):
+        pruned = _pruned_optimizer(optimizer)
+        if pruned is not None:
+            sparsity = pruned.prune_at(self._epoch, update_num)
+            metrics.log_scalar("sparsity", sparsity, weight=0, priority=650, round=4)
+        return super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad)
+
+
+def _index(languages, code):
+    return languages.index(code) if code in languages else None
+
+
+def _pruned_optimizer(optimizer):
+    """The pruned_* optimizer under fairseq's fp16 and AMP wrappers, or None."""
+    for attribute in ("fp32_optimizer", "wrapped_optimizer"):
+        optimizer = getattr(optimizer, attribute, optimizer)
+    return optimizer if isinstance(optimizer, PrunedOptimizer) else None
+
+
+def _check_optimizer(args):
+    """Pruning options are checked before data and model are loaded."""
+    if not args.optimizer.startswith("pruned_"):
+        logger.warning(
+            "--optimizer %s moves languages that have no sentence in an update, by momentum and "
+            "weight decay, and does not prune: use pruned_%s (with --pruning-final-sparsity 0 "
+            "for no pruning)",
+            args.optimizer,
+            args.optimizer,
+        )
+        return
+    config = PruningConfig.from_namespace(args)
+    config.validated()
+    warning = config.warning(getattr(args, "max_epoch", 0), getattr(args, "max_update", 0))
+    if warning:
+        logger.warning(warning)
+
+
+def _read_base(path):
+    if not os.path.isfile(path):
+        raise ConfigError(f"--finetune-from-model {path}: no such file")
+    return BaseModel.from_args(path, read_args(path))
+
+
+def _restore_task_options(args):
+    """Fills in what the command line leaves out from the (first) checkpoint to decode with."""
+    path = (getattr(args, "path", None) or "").split(os.pathsep)[0]
+    if not os.path.isfile(path):
+        return  # fairseq itself says that the model is missing
+    if args.langs or args.lang_dict or args.encoder_langtok or args.decoder_langtok:
+        return  # the languages and tokens are given: take the command line's word for all
+    saved = read_args(path)
+    for name in TASK_FIELDS:
+        if saved.get(name) is not None and not (name == "lang_pairs" and args.lang_pairs):
+            setattr(args, name, saved[name])
+
+
+def _restore_lora_options(args, path, langs):
+    """Takes the --lora-* options of the checkpoint that is resumed, and refuses other ones."""
+    saved = read_args(path)
+    if saved.get("lora_tiers") is None:
+        return
+    if list(saved.get("langs") or langs) != list(langs):
+        raise ConfigError(
+            f"{path} was trained with --langs {','.join(saved['langs'])}, this run has "
+            f"{','.join(langs)}: the order numbers the language tokens; resume with the old one"
+        )
+    given = Namespace(**{n: getattr(args, n) for n in LORA_FIELDS if hasattr(args, n)})
+    for name in LORA_FIELDS:
+        value = getattr(given, name, None)
+        if value is not None and not _same(name, value, saved[name]):
+            raise ConfigError(
+                f"--{name.replace('_', '-')} {value} differs from {saved[name]} of {path}, which "
+                "this run resumes: leave the option out, or choose another --save-dir"
+            )
+        setattr(args, name, saved[name])
+
+
+def _same(name, value, saved):
+    if name == "lora_tiers":  # a file and its text may spell the same inventory
+        value, saved = (Languages.parse(v) for v in (value, saved))
+        return {c: value.tier(c) for c in value.codes} == {c: saved.tier(c) for c in saved.codes}
+    return str(value) == str(saved)

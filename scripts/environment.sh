@@ -1,0 +1,47 @@
+# Sourced by the scripts that need Python packages: finds or makes .venv in the clone, installs the
+# tested versions from requirements.txt once, and puts them first on PATH.
+# Expects ROOT (the clone). PYTHON chooses the interpreter, VENV another folder.
+
+lslora_find_python() {
+    local candidate
+    for candidate in ${PYTHON:-python3.11 python3.12 python3.10 python3 python}; do
+        if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' \
+            2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    echo "lslora: error: no Python 3.10, 3.11 or 3.12 found${PYTHON:+ as $PYTHON}:" \
+        "install one, or name it: PYTHON=/path/to/python3.11" >&2
+    return 1
+}
+
+lslora_environment() {
+    local venv="${VENV:-$ROOT/.venv}" python stamp wanted log
+    stamp="$venv/.lslora-installed"
+    if ! "$venv/bin/python" -c '' 2>/dev/null; then
+        python="$(lslora_find_python)" || return 1
+        echo "making $venv with $("$python" --version)" >&2
+        "$python" -m venv --clear "$venv" || return 1
+    fi
+    wanted="$(cat "$ROOT/requirements.txt" "$ROOT/setup.py"; echo "$ROOT")"
+    if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+        log="$venv/install.log"
+        echo "installing the packages of requirements.txt (a minute or two; log: $log)" >&2
+        if ! {
+            # fairseq 0.12.2 depends on an omegaconf whose metadata pip 24.1 and later refuse
+            "$venv/bin/python" -m pip install 'pip<24.1' 'setuptools<85' wheel &&
+                "$venv/bin/python" -m pip install -r "$ROOT/requirements.txt" &&
+                "$venv/bin/python" -m pip install --no-deps --no-build-isolation -e "$ROOT"
+        } >"$log" 2>&1; then
+            tail -n 3 "$log" >&2
+            echo "lslora: error: the installation failed, see $log; once mended, run again" >&2
+            return 1
+        fi
+        printf '%s\n' "$wanted" >"$stamp"
+    fi
+    export PATH="$venv/bin:$PATH"
+    unset PYTHONHOME
+}
+
+lslora_environment || exit 1
