@@ -21,5 +21,8 @@ setup(
         'fairseq>=0.12.2; python_version < "3.11"',
         've-fairseq>=0.12.3; python_version >= "3.11"',
     ],
-    extras_require={"quickstart": ["polib"], "test": ["pytest", "pytest-cov", "ruff", "polib"]},
+    extras_require={
+        "quickstart": ["polib"],
+        "test": ["pytest", "pytest-cov", "ruff", "polib", "wtforms", "humanize"],
+    },
 )

@@ -7,11 +7,8 @@ Importing it registers the model, the task and the optimizers with fairseq. The 
 from importlib.util import find_spec
 
 if find_spec("fairseq") is not None:
-    from lslora_fairseq import models, optim, tasks  # noqa: F401
-    from lslora_fairseq.checkpoints import (
-        allow_fairseq_checkpoints,
-        copy_checkpoints_atomically,
-    )
+    from lslora_fairseq import checkpoints, models, optim, tasks  # noqa: F401
 
-    allow_fairseq_checkpoints()
-    copy_checkpoints_atomically()
+    checkpoints.allow_fairseq_checkpoints()
+    checkpoints.receive_checkpoints_from_own_processes()
+    checkpoints.copy_checkpoints_atomically()

@@ -5,6 +5,7 @@ import os
 import pickle
 
 import torch
+from fairseq.distributed import utils as distributed_utils
 from fairseq.file_io import PathManager
 from omegaconf import OmegaConf
 
@@ -18,6 +19,31 @@ def allow_fairseq_checkpoints():
     """
     if hasattr(torch.serialization, "add_safe_globals"):
         torch.serialization.add_safe_globals([argparse.Namespace])
+
+
+def receive_checkpoints_from_own_processes():
+    """Lets the processes of a run hand each other a checkpoint again (torch ≥ 2.6).
+
+    fairseq reads it on the first process and sends the others pickled objects beyond what the
+    safe loader accepts; they come from a process of the same run.
+    """
+    send = distributed_utils._broadcast_object_slow
+    if getattr(send, "trusting", False):
+        return
+    switch = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+
+    def trusting(*args, **kwargs):
+        before = os.environ.get(switch)
+        os.environ[switch] = "1"
+        try:
+            return send(*args, **kwargs)
+        finally:
+            del os.environ[switch]
+            if before is not None:
+                os.environ[switch] = before
+
+    trusting.trusting = True
+    distributed_utils._broadcast_object_slow = trusting
 
 
 def copy_checkpoints_atomically():

@@ -103,6 +103,9 @@ def _scatter(grad, rows, factor, mask):
 
 def _autocast_dtype(device_type):
     """The dtype that autocast asks for on this device, or None."""
+    if hasattr(torch, "get_autocast_dtype"):  # torch ≥ 2.4
+        enabled = torch.is_autocast_enabled(device_type)
+        return torch.get_autocast_dtype(device_type) if enabled else None
     if device_type == "cpu":
         return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
     return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None

@@ -1,0 +1,89 @@
+"""The main job in miniature, through the real console commands on real text."""
+
+import re
+
+import pytest
+import torch
+from console import finetune_args, generate_args, run
+
+import lslora_fairseq  # noqa: F401  lets torch.load read fairseq's checkpoints
+
+
+@pytest.fixture(scope="module")
+def finetuned(corpus, tmp_path_factory):
+    """(checkpoint, stdout of the training)."""
+    save_dir = tmp_path_factory.mktemp("finetuned")
+    _, out, _ = run("fairseq-train", *finetune_args(corpus, save_dir))
+    return save_dir / "checkpoint_last.pt", out
+
+
+def test_training_logs_the_table_and_the_sparsity(finetuned):
+    _, out = finetuned
+    assert re.search(r"^total +4 +all +all +[\d,]+ +[\d.]+%$", out, re.M)
+    assert re.search(r"^low +2 +all +all +", out, re.M)
+    assert "sparsity 0.9 " in out.replace(" |", " ")
+
+
+def test_only_adapters_moved(corpus, finetuned):
+    base = torch.load(corpus.base)["model"]
+    tuned = torch.load(finetuned[0])["model"]
+    assert all(torch.equal(tuned[key], base[key]) for key in base)
+    moved = [key for key in tuned if key.endswith("lora_B") and tuned[key].any()]
+    assert len(moved) == sum(key.endswith("lora_B") for key in tuned) == 3 * 5 + 2 * 8
+
+
+def test_every_language_ends_at_the_final_sparsity(finetuned):
+    model = torch.load(finetuned[0])["model"]
+    ranks = (2, 2, 4, 4)  # de en fr ja
+    for language in range(4):
+        start = sum(ranks[:language])
+        rows = slice(start, start + ranks[language])
+        masks = [v[rows] for k, v in model.items() if k.endswith("lora_B_mask")]
+        weights = [v[rows] for k, v in model.items() if k.endswith("lora_B")]
+        kept = sum(int(m.sum()) for m in masks)
+        entries = sum(m.numel() for m in masks)
+        assert entries - kept == int(0.9 * entries + 0.5)
+        assert all(not w[~m].any() for w, m in zip(weights, masks))
+    assert all(v.all() for k, v in model.items() if k.endswith("lora_A_mask"))
+
+
+@pytest.mark.parametrize("source, target", [("en", "fr"), ("ja", "en")])
+def test_generate_takes_everything_from_the_checkpoint(corpus, finetuned, source, target):
+    _, out, _ = run("fairseq-generate", *generate_args(corpus, finetuned[0], source, target))
+    assert len(re.findall(r"^H-\d+\t", out, re.M)) == 8
+    assert "BLEU4" in out
+    flags = ["--langs", "de,en,fr,ja", "--lang-pairs", "en-fr", "--encoder-langtok", "src"]
+    _, again, _ = run(
+        "fairseq-generate",
+        *generate_args(corpus, finetuned[0], source, target, *flags, "--decoder-langtok"),
+    )
+    assert _hypotheses(again) == _hypotheses(out)
+
+
+def test_interactive_gives_the_hypotheses_of_generate(corpus, finetuned):
+    _, out, _ = run("fairseq-generate", *generate_args(corpus, finetuned[0], "en", "ja"))
+    sources = dict(re.findall(r"^S-(\d+)\t(?:__en__ )?(.*)$", out, re.M))
+    args = generate_args(corpus, finetuned[0], "en", "ja")
+    _, said, _ = run(
+        "fairseq-interactive", *args, "--buffer-size", "8", "--batch-size", "8",
+        stdin="\n".join(sources[str(i)] for i in range(8)) + "\n",
+    )  # fmt: skip
+    assert _hypotheses(said) == _hypotheses(out)
+
+
+def test_the_adapters_matter_and_differ_by_language(corpus, finetuned, tmp_path):
+    """Swapping two languages' adapters in the checkpoint changes what is decoded."""
+    state = torch.load(finetuned[0])
+    for key, value in state["model"].items():
+        if key.endswith("lora_B"):
+            value[4:8], value[8:12] = value[8:12].clone(), value[4:8].clone()  # fr <-> ja
+    torch.save(state, tmp_path / "swapped.pt")
+    scores = {}
+    for name, path in (("own", finetuned[0]), ("swapped", tmp_path / "swapped.pt")):
+        _, out, _ = run("fairseq-generate", *generate_args(corpus, path, "en", "fr"))
+        scores[name] = re.findall(r"^P-\d+\t(.*)$", out, re.M)
+    assert scores["own"] != scores["swapped"]
+
+
+def _hypotheses(out):
+    return sorted(re.findall(r"^H-(\d+)\t(\S+)\t(.*)$", out, re.M))

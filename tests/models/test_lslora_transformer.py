@@ -1,0 +1,193 @@
+"""The adapted transformer: mixed batches, exactness against stock fairseq, gradients, beams."""
+
+import itertools
+
+import pytest
+import torch
+from fairseq.sequence_generator import SequenceGenerator
+from toy import CODES, batch, build, dictionary, rows, set_adapters, stock
+
+PAIRS = [(0, 1), (3, 2), (1, 0), (1, 3), (2, 2), (0, 1), (3, 0), (2, 1)]
+SIDES = [
+    {},  # encoder source*3,target*1, decoder target
+    {"encoder_index_side": "target", "decoder_index_side": "source"},
+]
+
+
+@pytest.mark.parametrize("sides", SIDES)
+@pytest.mark.parametrize("train", [True, False])
+def test_mixed_batch_equals_single_language_runs(sides, train):
+    model = set_adapters(build(**sides)).train(train)
+    mixed = batch(PAIRS)
+    out = model(**mixed)[0]
+    for pair in sorted(set(PAIRS)):
+        chosen = [i for i, p in enumerate(PAIRS) if p == pair]
+        alone = model(**rows(mixed, chosen))[0]
+        torch.testing.assert_close(out[chosen], alone, atol=1e-5, rtol=1e-5)
+    # and the adapters do differ: another language gives another output
+    other = {**mixed, "target_lang_ids": (mixed["target_lang_ids"] + 1) % 4}
+    assert not torch.allclose(out, model(**other)[0], atol=1e-2)
+
+
+def test_one_sentence_of_each_direction():
+    model = set_adapters(build())
+    mixed = batch(PAIRS)
+    out = model(**mixed)[0]
+    for i in range(len(PAIRS)):
+        torch.testing.assert_close(
+            out[i : i + 1], model(**rows(mixed, [i]))[0], atol=1e-5, rtol=1e-5
+        )
+
+
+def test_merged_weights_of_one_direction_give_the_same_output():
+    """ΔW added to the frozen weights of a stock transformer: the adapters act everywhere."""
+    model = set_adapters(build(), scale=0.2)
+    for source, target in [(0, 2), (3, 1)]:
+        merged = stock(model)
+        for linear in model.adapted_linears():
+            language = source if linear.site.side == "source" else target
+            merged.get_submodule(linear.site.name).weight.data += linear.delta_weight(language)
+        net_input = batch([(source, target)] * 3)
+        expected = merged(**{k: v for k, v in net_input.items() if "lang_ids" not in k})[0]
+        torch.testing.assert_close(model(**net_input)[0], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_fresh_adapters_change_no_bit(train):
+    """Against the same model with a single adapted linear, whose adapter is zero as well."""
+    modules = dict(encoder_target_modules="fc1", decoder_target_modules="none")
+    few = build(**modules, encoder_lora_layers="0").train(train)
+    for options in ({}, {"encoder_target_modules": "self_attn.out_proj,fc2,fc1"}):
+        full = build(**options).train(train)
+        missing = full.load_state_dict(
+            {k: v for k, v in few.state_dict().items() if "lora_" not in k}
+        )
+        assert not missing.missing_keys
+        net_input = batch(PAIRS)
+        assert torch.equal(full(**net_input)[0], few(**net_input)[0])
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_fresh_adapters_agree_with_stock_fairseq(train):
+    model = build().train(train)
+    plain = stock(model).train(train)
+    net_input = batch(PAIRS)
+    expected = plain(**{k: v for k, v in net_input.items() if "lang_ids" not in k})[0]
+    torch.testing.assert_close(model(**net_input)[0], expected, atol=1e-5, rtol=1e-5)
+
+
+def beam_search(model, net_input, beam=4):
+    generator = SequenceGenerator([model], dictionary(), beam_size=beam, max_len_b=12)
+    hypotheses = generator.generate([model], {"net_input": net_input})
+    return [[(h["tokens"].tolist(), float(h["score"])) for h in best] for best in hypotheses]
+
+
+def without_targets(net_input):
+    return {k: v for k, v in net_input.items() if k != "prev_output_tokens"}
+
+
+def test_fresh_adapters_decode_like_stock_fairseq():
+    model = build().eval()
+    net_input = without_targets(batch(PAIRS))
+    plain = {k: v for k, v in net_input.items() if "lang_ids" not in k}
+    ours, theirs = beam_search(model, net_input), beam_search(stock(model).eval(), plain)
+    for mine, other in zip(ours, theirs):
+        assert [tokens for tokens, _ in mine] == [tokens for tokens, _ in other]
+        assert [s for _, s in mine] == pytest.approx([s for _, s in other], abs=1e-5)
+
+
+@pytest.mark.parametrize("sides", SIDES)
+def test_beam_search_of_mixed_directions_equals_each_alone(sides):
+    """Beams finish at different steps, so sentences are dropped and reordered on the way."""
+    model = set_adapters(build(**sides), scale=0.3).eval()
+    model.encoder.embed_tokens.weight.data[2] *= 3  # </s> likelier for some, less for others
+    mixed = without_targets(batch(PAIRS))
+    together = beam_search(model, mixed)
+    alone = [beam_search(model, rows(mixed, [i]))[0] for i in range(len(PAIRS))]
+    for mine, other in zip(together, alone):
+        assert [tokens for tokens, _ in mine] == [tokens for tokens, _ in other]
+        assert [s for _, s in mine] == pytest.approx([s for _, s in other], abs=1e-5)
+    lengths = {len(best[0][0]) for best in together}
+    assert len(lengths) > 1  # the test would be weak if all sentences ended together
+
+
+@pytest.mark.parametrize("sides", SIDES)
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_gradients_reach_the_adapters_of_the_batch_and_no_other(sides, checkpointed):
+    model = set_adapters(build(checkpoint_activations=checkpointed, **sides))
+    pairs = [(0, 1), (0, 3), (0, 1)]
+    model(**batch(pairs))[0].square().sum().backward()
+    present = {"source": {0}, "target": {1, 3}}
+    for linear in model.adapted_linears():
+        for factor, language in itertools.product((linear.lora_A, linear.lora_B), range(4)):
+            grad = factor.grad[linear.layout.language_rows(language)]
+            if language in present[linear.site.side]:
+                assert grad.ne(0).any(1).all(), (linear.site.name, CODES[language])
+            else:
+                assert not grad.any(), (linear.site.name, CODES[language])
+
+
+def test_the_frozen_base_has_no_gradient():
+    model = set_adapters(build())
+    model(**batch(PAIRS))[0].sum().backward()
+    for name, param in model.named_parameters():
+        assert (param.grad is not None) == ("lora_" in name), name
+        assert param.requires_grad == ("lora_" in name), name
+
+
+def test_checkpointed_activations_use_their_own_batch_in_backward():
+    """A second forward pass before backward must not change the gradients of the first."""
+    grads = []
+    for checkpointed in (False, True):
+        model = set_adapters(build(checkpoint_activations=checkpointed))
+        loss = model(**batch(PAIRS))[0].square().mean()
+        if checkpointed:
+            model(**batch([(1, 1)] * 2))
+        loss.backward()
+        grads.append([p.grad for p in model.parameters() if p.requires_grad])
+    for plain, again in zip(*grads):
+        torch.testing.assert_close(plain, again, atol=1e-5, rtol=1e-4)
+
+
+def test_a_model_of_one_side_needs_only_that_sides_languages():
+    model = set_adapters(build(encoder_index_side="target"))
+    net_input = batch(PAIRS)
+    expected = model(**net_input)[0]
+    net_input["source_lang_ids"] = None
+    assert torch.equal(model(**net_input)[0], expected)
+    net_input["target_lang_ids"] = None
+    with pytest.raises(RuntimeError, match="target_lang_ids"):
+        model(**net_input)
+
+
+def test_layers_and_modules_can_be_chosen():
+    model = build(
+        encoder_lora_layers="1,3",
+        encoder_target_modules="fc2",
+        decoder_target_modules="encoder_attn.out_proj",
+        decoder_lora_layers="0",
+    )
+    assert [linear.site.name for linear in model.adapted_linears()] == [
+        "encoder.layers.1.fc2",
+        "encoder.layers.3.fc2",
+        "decoder.layers.0.encoder_attn.out_proj",
+    ]
+    assert [s.side for s in model.plan.sites] == ["source", "target", "target"]
+
+
+def test_state_dict_round_trip_changes_no_bit():
+    model = set_adapters(build())
+    model.adapted_linears()[3].lora_B_mask[0, 2] = False
+    again = build(seed=9)
+    again.load_state_dict(model.state_dict())
+    net_input = batch(PAIRS)
+    assert torch.equal(model(**net_input)[0], again(**net_input)[0])
+    assert not again.adapted_linears()[3].lora_B_mask[0, 2]
+
+
+def test_two_hundred_languages():
+    tiers = "all=" + ",".join(f"l{i:03d}" for i in range(200))
+    model = set_adapters(build(lora_tiers=tiers, lora_rank="2"))
+    mixed = batch([(0, 199), (137, 5)])
+    out = model(**mixed)[0]
+    torch.testing.assert_close(out[1:], model(**rows(mixed, [1]))[0], atol=1e-5, rtol=1e-5)

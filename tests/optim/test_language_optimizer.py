@@ -1,0 +1,318 @@
+"""The pruned_* optimizers: their guarantees, as equalities, for every inner optimizer."""
+
+import copy
+from argparse import ArgumentParser, Namespace
+
+import pytest
+import torch
+from fairseq.optim import OPTIMIZER_REGISTRY, AMPOptimizer, FP16Optimizer
+from fairseq.optim import MemoryEfficientFP16Optimizer as MemoryEfficient
+from omegaconf import OmegaConf
+from toy import batch, build, set_adapters
+
+from lslora_fairseq.errors import UserError
+from lslora_fairseq.optim.pruned import INNER_OPTIMIZERS
+
+ALL = [(0, 1), (1, 2), (2, 3), (3, 0)]
+PRUNING = dict(pruning_final_sparsity=0.6, pruning_begin=1, pruning_duration=2)
+
+
+def options(inner="adam", **more):
+    """The command line's defaults for this optimizer, and *more*."""
+    parser = ArgumentParser()
+    OPTIMIZER_REGISTRY[f"pruned_{inner}"].add_args(parser)
+    args = vars(parser.parse_args([]))
+    return Namespace(**{**args, "lr": [0.01], "tpu": False, **PRUNING, **more})
+
+
+def adapters(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def optimizer_for(model, inner="adam", **more):
+    cls = OPTIMIZER_REGISTRY[f"pruned_{inner}"]
+    return cls(options(inner, **more), adapters(model))
+
+
+def update(model, optimizer, pairs, seed=3):
+    optimizer.zero_grad()
+    loss = model(**batch(pairs, seed=seed))[0].float().square().mean()
+    optimizer.backward(loss)
+    optimizer.clip_grad_norm(1.0)
+    optimizer.step()
+
+
+def wrapped(optimizer):
+    for name in ("fp32_optimizer", "wrapped_optimizer"):
+        optimizer = getattr(optimizer, name, optimizer)
+    return optimizer
+
+
+def snapshot(model, optimizer, language, side):
+    """Everything a language owns on one side: weights, masters, state (step count included)."""
+    weights = [
+        factor[linear.layout.language_rows(language)].clone()
+        for linear in model.adapted_linears()
+        if linear.site.side == side
+        for factor in (linear.lora_A, linear.lora_B)
+    ]
+    inner = wrapped(optimizer).optimizer
+    owned = [m for m, _, key in inner.masters if key == (side, language)]
+    return weights, [(m.detach().clone(), copy.deepcopy(inner.inner.state.get(m))) for m in owned]
+
+
+def same(a, b):
+    """Equality to the last bit, through tuples, lists and dicts of tensors."""
+    if torch.is_tensor(a):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.mark.parametrize("inner", INNER_OPTIMIZERS)
+def test_a_language_without_a_sentence_keeps_every_bit(inner):
+    model = set_adapters(build())
+    optimizer = optimizer_for(model, inner, weight_decay=0.1)
+    update(model, optimizer, ALL)  # momentum for everyone
+    # en (1) as a source only, ja (3) as a target only
+    before = {(s, la): snapshot(model, optimizer, la, s) for s in SIDES for la in range(4)}
+    update(model, optimizer, [(1, 3), (1, 3)])
+    for key, state in before.items():
+        unchanged = same(state, snapshot(model, optimizer, key[1], key[0]))
+        assert unchanged == (key not in {("source", 1), ("target", 3)}), key
+
+
+SIDES = ("source", "target")
+
+
+@pytest.mark.parametrize("inner", INNER_OPTIMIZERS)
+@pytest.mark.parametrize("scope", ["language", "layer"])
+@pytest.mark.parametrize("target", ["B", "AB"])
+def test_a_pruned_entry_stays_zero_everywhere(inner, scope, target):
+    model = set_adapters(build())
+    optimizer = optimizer_for(
+        model, inner, weight_decay=0.1, pruning_scope=scope, pruning_target=target
+    )
+    for epoch in range(1, 6):
+        optimizer.prune_at(epoch, 0)
+        for number in range(2):
+            update(model, optimizer, ALL, seed=10 * epoch + number)
+    assert optimizer.prune_at(5, 0) == 0.6
+    for linear in model.adapted_linears():
+        assert not linear.lora_B[~linear.lora_B_mask].any()
+        assert not linear.lora_A[~linear.lora_A_mask].any()
+        assert linear.lora_A_mask.all() or target == "AB"
+    states = 0
+    language_optimizer = optimizer.optimizer
+    for number, (master, _, _) in enumerate(language_optimizer.masters):
+        pruned = language_optimizer._pruned[number]
+        if pruned is None:
+            continue
+        assert not master[pruned].any()
+        for value in language_optimizer.inner.state[master].values():
+            if torch.is_tensor(value) and value.shape == master.shape:
+                states += 1
+                assert not value[pruned].any()
+    assert states > 0 or inner in ("sgd", "adafactor")  # these keep no moment of each entry
+
+
+@pytest.mark.parametrize("scope", ["language", "layer"])
+@pytest.mark.parametrize("final", [0.9, 0.333])
+def test_final_sparsity_is_exact_to_one_entry(scope, final):
+    model = set_adapters(build())
+    optimizer = optimizer_for(model, pruning_scope=scope, pruning_final_sparsity=final)
+    for epoch in range(1, 4):
+        optimizer.prune_at(epoch, 0)
+        update(model, optimizer, ALL)
+    scopes = {}
+    for linear in model.adapted_linears():
+        for language in range(4):
+            key = language if scope == "language" else (linear.site.stack, linear.site.layer)
+            mask = linear.lora_B_mask[linear.layout.language_rows(language)]
+            removed, entries = scopes.get(key, (0, 0))
+            scopes[key] = removed + int((~mask).sum()), entries + mask.numel()
+    assert len(scopes) == (4 if scope == "language" else 6)
+    for removed, entries in scopes.values():
+        assert removed == int(final * entries + 0.5)
+
+
+def test_scope_layer_lets_languages_compete():
+    model = set_adapters(build())
+    with torch.no_grad():
+        for linear in model.adapted_linears():
+            linear.lora_B[linear.layout.language_rows(3)] *= 100
+    optimizer = optimizer_for(model, pruning_scope="layer", pruning_final_sparsity=0.4)
+    optimizer.prune_at(3, 0)
+    for linear in model.adapted_linears():
+        assert linear.lora_B_mask[linear.layout.language_rows(3)].float().mean() > 0.9
+
+
+def test_the_largest_entries_of_a_language_survive():
+    model = set_adapters(build())
+    before = [linear.lora_B.detach().clone() for linear in model.adapted_linears()]
+    optimizer_for(model).prune_at(3, 0)
+    for language in range(4):
+        kept, removed = [], []
+        for linear, weights in zip(model.adapted_linears(), before):
+            rows = linear.layout.language_rows(language)
+            mask = linear.lora_B_mask[rows]
+            kept.append(weights[rows][mask].abs())
+            removed.append(weights[rows][~mask].abs())
+        assert torch.cat(kept).min() >= torch.cat(removed).max()
+
+
+def test_every_language_steps_as_if_it_were_alone():
+    """Its own step count: a language that joins late is not under-corrected by others' steps."""
+    together, alone = set_adapters(build()), set_adapters(build())
+    both, single = optimizer_for(together), optimizer_for(alone)
+    for seed in range(3):
+        update(together, both, [(0, 1)], seed=seed)
+    update(together, both, [(2, 3)], seed=9)
+    update(alone, single, [(2, 3)], seed=9)
+    for a, b in zip(together.adapted_linears(), alone.adapted_linears()):
+        rows = a.layout.language_rows(2 if a.site.side == "source" else 3)
+        assert torch.equal(a.lora_B[rows], b.lora_B[rows])
+        assert torch.equal(a.lora_A[rows], b.lora_A[rows])
+
+
+@pytest.mark.parametrize("inner", ["adam", "sgd", "adamax", "nag", "adafactor"])
+def test_with_all_languages_present_it_is_the_inner_optimizer(inner):
+    """One language, no pruning: the wrapper adds nothing to what the inner optimizer does."""
+    one = dict(lora_tiers="high=en", lora_rank="2")
+    ours, theirs = set_adapters(build(**one)), set_adapters(build(**one))
+    optimizer = optimizer_for(ours, inner, pruning_final_sparsity=0.0, weight_decay=0.1)
+    plain = optimizer._build_inner(options(inner, weight_decay=0.1), adapters(theirs))
+    for seed in range(4):
+        for model, opt in ((ours, optimizer), (theirs, plain)):
+            update(model, opt, [(0, 0)] * 3, seed=seed)
+    for a, b in zip(adapters(ours), adapters(theirs)):
+        assert torch.equal(a, b)
+
+
+def test_learning_rate_reaches_the_inner_optimizer():
+    model = set_adapters(build())
+    optimizer = optimizer_for(model)
+    update(model, optimizer, ALL)
+    before = [p.detach().clone() for p in adapters(model)]
+    optimizer.set_lr(0.0)
+    update(model, optimizer, ALL)
+    assert all(map(torch.equal, before, adapters(model)))
+
+
+@pytest.mark.parametrize("inner", ["adam", "adafactor", "sgd"])
+def test_resume_is_exact_in_the_middle_of_the_schedule(inner):
+    def run(model, optimizer, epochs):
+        for epoch in epochs:
+            optimizer.prune_at(epoch, 0)
+            update(model, optimizer, ALL[:3], seed=epoch)
+
+    whole = set_adapters(build())
+    whole_optimizer = optimizer_for(whole, inner)
+    run(whole, whole_optimizer, range(1, 7))
+    first = set_adapters(build())
+    first_optimizer = optimizer_for(first, inner)
+    run(first, first_optimizer, range(1, 3))
+    second = build(seed=5)
+    second.load_state_dict(first.state_dict())
+    second_optimizer = optimizer_for(second, inner)
+    second_optimizer.load_state_dict(copy.deepcopy(first_optimizer.state_dict()))
+    second_optimizer.prune_at(2, 0)  # a run killed in epoch 2 begins epoch 2 again
+    run(second, second_optimizer, range(3, 7))
+    assert same(whole.state_dict(), second.state_dict())
+    assert same(whole_optimizer.state_dict(), second_optimizer.state_dict())
+
+
+def test_a_changed_schedule_is_refused():
+    model = set_adapters(build())
+    optimizer = optimizer_for(model)
+    update(model, optimizer, ALL)
+    changed = optimizer_for(model, pruning_duration=7)
+    with pytest.raises(UserError, match="--pruning-duration was 2, now 7.*--save-dir"):
+        changed.load_state_dict(optimizer.state_dict())
+
+
+def test_state_of_another_optimizer_is_refused():
+    model = set_adapters(build())
+    with pytest.raises(UserError, match="--reset-optimizer"):
+        optimizer_for(model).load_state_dict({"state": {}, "param_groups": []})
+    other = set_adapters(build(lora_rank="2"))
+    with pytest.raises(UserError, match="other adapters"):
+        optimizer_for(model).load_state_dict(optimizer_for(other).state_dict())
+
+
+def test_other_parameters_are_refused():
+    with pytest.raises(UserError, match="--fp16-no-flatten-grads"):
+        OPTIMIZER_REGISTRY["pruned_adam"](options(), [torch.nn.Parameter(torch.zeros(3))])
+
+
+def fairseq_config(args, **common):
+    common = dict(
+        fp16_scale_window=None, fp16_init_scale=4, fp16_scale_tolerance=0.0, bf16=False,
+        threshold_loss_scale=None, min_loss_scale=1e-4, model_parallel_size=1,
+        fp16_no_flatten_grads=True, amp_scale_window=None, amp_batch_retries=2, **common,
+    )  # fmt: skip
+    config = {
+        "common": common,
+        "optimization": {"update_freq": [1]},
+        "distributed_training": {"distributed_world_size": 1},
+    }
+    config = OmegaConf.create(config, flags={"allow_objects": True})
+    config.optimizer = args
+    return config
+
+
+PRECISIONS = {
+    "fp16": (FP16Optimizer, torch.float16, {}),
+    "bf16": (FP16Optimizer, torch.bfloat16, {"bf16": True}),
+    "memory-efficient fp16": (MemoryEfficient, torch.float16, {}),
+    "memory-efficient bf16": (MemoryEfficient, torch.bfloat16, {"bf16": True}),
+    "amp": (AMPOptimizer, torch.float32, {}),
+}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("inner", ["adam", "adafactor"])
+@pytest.mark.filterwarnings("ignore:.*GradScaler")
+def test_guarantees_hold_in_every_precision(precision, inner):
+    cls, dtype, common = PRECISIONS[precision]
+    model = set_adapters(build()).to(dtype)
+    args = options(inner, weight_decay=0.1)
+    args.optimizer = f"pruned_{inner}"
+    config = fairseq_config(args)
+    config.common.update(common)
+    optimizer = cls.build_optimizer(config, adapters(model))
+    pruned = wrapped(optimizer)
+    for epoch in range(1, 5):
+        pruned.prune_at(epoch, 0)
+        for linear in model.adapted_linears():  # already in the forward pass that follows
+            assert not linear.lora_B[~linear.lora_B_mask].any()
+        update(model, optimizer, ALL, seed=epoch)
+    before = {(s, la): snapshot(model, optimizer, la, s) for s in SIDES for la in range(4)}
+    update(model, optimizer, [(1, 3), (1, 3)])
+    for key, state in before.items():
+        unchanged = same(state, snapshot(model, optimizer, key[1], key[0]))
+        assert unchanged == (key not in {("source", 1), ("target", 3)}), key
+    for master, pieces, _ in pruned.optimizer.masters:
+        assert master.dtype == torch.float32
+        for piece in pieces:
+            mask = piece.factor.mask[piece.rows]
+            assert not piece.master[~mask].any()
+            assert torch.equal(piece.factor.weight[piece.rows], piece.master.to(dtype))
+    removed = sum(int((~lin.lora_B_mask).sum()) for lin in model.adapted_linears())
+    entries = sum(lin.lora_B_mask.numel() for lin in model.adapted_linears())
+    assert removed == pytest.approx(0.6 * entries, abs=4)
+    state = copy.deepcopy(optimizer.state_dict())
+    again = cls.build_optimizer(config, adapters(model))
+    again.load_state_dict(state)
+    assert same(state, again.state_dict())
+
+
+def test_fp16_with_flat_gradients_names_the_missing_flag():
+    """What fairseq hands over without --fp16-no-flatten-grads: one flat copy of everything."""
+    model = set_adapters(build()).half()
+    flat = torch.nn.Parameter(torch.cat([p.flatten() for p in adapters(model)]).float())
+    with pytest.raises(UserError, match="--fp16 add --fp16-no-flatten-grads"):
+        OPTIMIZER_REGISTRY["pruned_adam"](options(), [flat])
