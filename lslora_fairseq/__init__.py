@@ -12,3 +12,4 @@ if find_spec("fairseq") is not None:
     checkpoints.allow_fairseq_checkpoints()
     checkpoints.receive_checkpoints_from_own_processes()
     checkpoints.copy_checkpoints_atomically()
+    checkpoints.report_unwritable_save_dir()

@@ -1,15 +1,22 @@
 """Reading what a checkpoint was trained with, and keeping checkpoint files whole."""
 
 import argparse
+import functools
 import os
 import pickle
+import re
+import textwrap
 
 import torch
+from fairseq import checkpoint_utils
 from fairseq.distributed import utils as distributed_utils
 from fairseq.file_io import PathManager
 from omegaconf import OmegaConf
 
-from lslora_fairseq.errors import ConfigError
+from lslora_fairseq.errors import ConfigError, one_line_errors
+
+# what torch.load raises for a file that is cut short, damaged or no checkpoint at all
+UNREADABLE = (OSError, RuntimeError, EOFError, LookupError, ValueError, pickle.UnpicklingError)
 
 
 def allow_fairseq_checkpoints():
@@ -60,11 +67,42 @@ def copy_checkpoints_atomically():
         if not PathManager.supports_rename(dst_path):
             return copy(src_path, dst_path, overwrite=overwrite)
         done = copy(src_path, dst_path + ".tmp", overwrite=True)
-        os.replace(dst_path + ".tmp", dst_path)
+        if done:  # where shutil raises, iopath answers False
+            os.replace(dst_path + ".tmp", dst_path)
         return done
 
     atomic_copy.atomic = True
     PathManager.copy = staticmethod(atomic_copy)
+
+
+def report_unwritable_save_dir():
+    """A save directory that cannot be written, or a full disk, is told in one line."""
+    for name in ("verify_checkpoint_directory", "save_checkpoint"):
+        function = getattr(checkpoint_utils, name)
+        if not getattr(function, "reporting", False):
+            setattr(checkpoint_utils, name, _reporting(function))
+
+
+def _reporting(write):
+    @functools.wraps(write)
+    def reporting(cfg, *args, **kwargs):
+        with one_line_errors():
+            try:
+                return write(cfg, *args, **kwargs)
+            except (OSError, RuntimeError) as error:
+                cause = error  # torch may fail once more while it closes the file
+                while cause is not None and not isinstance(cause, OSError):
+                    cause = cause.__context__
+                if cause is None:
+                    raise
+                raise ConfigError(
+                    f"cannot write to --save-dir {getattr(cfg, 'save_dir', cfg)} "
+                    f"({cause.strerror or cause}): free some space or name another folder; the "
+                    "checkpoints already there are kept"
+                ) from error
+
+    reporting.reporting = True
+    return reporting
 
 
 def read_args(path):
@@ -83,11 +121,13 @@ def read_args(path):
             state = torch.load(path, map_location="cpu", mmap=True)
         except RuntimeError:  # a file of torch's old format cannot be mapped
             state = torch.load(path, map_location="cpu")
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"cannot read the checkpoint {path}: {reason}") from None
+    except UNREADABLE as error:
+        raise ConfigError(_unreadable(path, error)) from None
     if not isinstance(state, dict) or "model" not in state:
-        raise ConfigError(f"{path} is not a fairseq checkpoint: it holds no model")
+        raise ConfigError(
+            f"{path} is not a fairseq checkpoint, it holds no model: name a file that "
+            "fairseq-train wrote"
+        )
     options = dict(vars(state["args"])) if state.get("args") else {}
     for group in ("task", "model"):
         section = (state.get("cfg") or {}).get(group)
@@ -97,6 +137,20 @@ def read_args(path):
             section = OmegaConf.to_container(section)
         options.update(section or {})
     return options
+
+
+def _unreadable(path, error):
+    unsafe = re.search(r"Unsupported global: GLOBAL ([\w.]+)", str(error))
+    if unsafe:
+        return (
+            f"{path} holds {unsafe[1]}, which torch's safe loader refuses: if you trust the file, "
+            "set TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1"
+        )
+    reason = textwrap.shorten(str(error), 100, placeholder=" …") or type(error).__name__
+    return (
+        f"cannot read the checkpoint {path} ({reason}): it is damaged, cut short or no "
+        "checkpoint; copy it again, or name another one"
+    )
 
 
 def resumed_checkpoint(args):

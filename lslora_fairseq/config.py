@@ -1,5 +1,6 @@
 """Every option of language-specific LoRA and of pruning: help text, defaults, validation."""
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field, fields
 from typing import Optional
@@ -123,11 +124,12 @@ class PruningConfig(FairseqDataclass):
     def warning(self, max_epoch, max_update):
         """One line if the schedule ends after the run does, else None (0 = no limit)."""
         limit = max_epoch if self.pruning_unit == "epoch" else max_update
+        last = limit if self.pruning_unit == "epoch" else limit - 1  # updates done before the last
         end = self.pruning_begin + self.pruning_duration
-        if limit and self.pruning_final_sparsity and end > limit:
+        if limit and self.pruning_final_sparsity and end > last:
             return (
                 f"the pruning schedule ends at {self.pruning_unit} {end}, after the run's last "
-                f"({limit}): --pruning-final-sparsity {self.pruning_final_sparsity} is not "
+                f"({last}): --pruning-final-sparsity {self.pruning_final_sparsity} is not "
                 "reached; lower --pruning-begin or --pruning-duration, or train longer"
             )
         return None
@@ -204,6 +206,12 @@ def resolve(config, layers, dims):
     alphas = ranks
     if config.lora_alpha is not None:
         alphas = languages.per_language(config.lora_alpha, "--lora-alpha", float)
+        for code, alpha in zip(languages.codes, alphas):
+            if not 0 < alpha < math.inf:
+                raise ConfigError(
+                    f"--lora-alpha: {alpha} of {code} must be positive; without the option "
+                    "adapters are not scaled (alpha = rank)"
+                )
     if config.encoder_index_side is None:
         config.encoder_index_side = plan.default_encoder_sides(layers["encoder"])
     sites, all_sides = [], {}

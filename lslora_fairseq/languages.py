@@ -58,7 +58,8 @@ class Languages:
             ConfigError: the text or file cannot be read, or names a language twice.
         """
         tier_of = {}
-        for code, tier in _read_tsv(spec) if "=" not in spec else _read_inline(spec):
+        inline = "=" in spec and not os.path.isfile(spec)
+        for code, tier in _read_inline(spec) if inline else _read_tsv(spec):
             if code in tier_of:
                 raise ConfigError(f"--lora-tiers names {code} twice: keep it in one tier")
             tier_of[code] = tier
@@ -92,8 +93,10 @@ class Languages:
             if key not in self.tiers and key not in self:
                 raise ConfigError(
                     f"{option}: {key} is neither a tier ({', '.join(self.tiers)}) nor a language "
-                    f"of --lora-tiers ({', '.join(self.codes)})"
+                    f"({', '.join(self.codes)}) of --lora-tiers: name one of these, or add it there"
                 )
+            if key in values:
+                raise ConfigError(f"{option} gives two values for {key}: keep one")
             values[key] = _convert(value, option, convert)
         missing = [c for c in self.codes if c not in values and self._tier_of[c] not in values]
         if missing:
@@ -112,7 +115,10 @@ def _convert(value, option, convert):
     try:
         return convert(value)
     except ValueError:
-        raise ConfigError(f"{option}: {value!r} is not a number") from None
+        kind = "whole number" if convert is int else "number"
+        raise ConfigError(
+            f"{option}: {value!r} is not a {kind}: write one {kind} for all, or tier={kind},…"
+        ) from None
 
 
 def _read_inline(spec):
@@ -129,16 +135,24 @@ def _read_inline(spec):
 def _read_tsv(path):
     if not os.path.isfile(path):
         raise ConfigError(
-            f"--lora-tiers: {path!r} is neither a file nor of the form 'high=en,fr;low=oc'"
+            f"--lora-tiers: {path!r} is neither a file nor of the form 'high=en,fr;low=oc': "
+            "correct the path, or list the languages by tier"
         )
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            line = line.strip()
-            if not line or line.startswith("#"):
-                continue
-            fields = line.split("\t")
-            if len(fields) != 2:
-                raise ConfigError(
-                    f"--lora-tiers: {path} line {number}: expected code<TAB>tier, found {line!r}"
-                )
-            yield fields[0].strip(), fields[1].strip()
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            lines = file.read().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"--lora-tiers: cannot read {path} ({error}): save it as UTF-8 text"
+        ) from None
+    for number, line in enumerate(lines, 1):
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        fields = line.split("\t")
+        if len(fields) != 2:
+            raise ConfigError(
+                f"--lora-tiers: {path} line {number}: expected code<TAB>tier, found {line!r}: "
+                "write one language and its tier, with a tab between"
+            )
+        yield fields[0].strip(), fields[1].strip()

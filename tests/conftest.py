@@ -12,7 +12,6 @@ import polib
 import pytest
 import sentencepiece
 import torch
-
 from console import LANGS, run, train_args
 
 Corpus = namedtuple("Corpus", "data base spm dictionary text")

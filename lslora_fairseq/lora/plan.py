@@ -54,7 +54,10 @@ def parse_layers(text, layers, option):
             raise ConfigError(f"{option}: cannot read {part!r}: write for example 0-5,8")
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first or last >= layers:
-            raise ConfigError(f"{option}: {part} is not within the model's layers 0-{layers - 1}")
+            raise ConfigError(
+                f"{option}: {part} is not within the model's layers 0-{layers - 1}: name layers "
+                "of that range, or leave the option out for all"
+            )
         chosen.update(range(first, last + 1))
     return tuple(sorted(chosen))
 
@@ -121,7 +124,10 @@ def plan_sites(stack, layers, sides, modules, dims, shape):
 def check_ranks(ranks, codes, sites):
     """Raises ConfigError for a rank below 1 or above what a site's matrix can hold."""
     if not sites:
-        raise ConfigError("no linear is left to adapt: check the target modules and layers")
+        raise ConfigError(
+            "no linear is left to adapt: name some in --encoder-target-modules or "
+            "--decoder-target-modules"
+        )
     smallest = min(sites, key=lambda s: min(s.in_features, s.out_features))
     limit = min(smallest.in_features, smallest.out_features)
     for code, rank in zip(codes, ranks):

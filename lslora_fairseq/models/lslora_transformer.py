@@ -22,7 +22,7 @@ from fairseq.modules.transformer_layer import (
     TransformerDecoderLayerBase,
     TransformerEncoderLayerBase,
 )
-from torch import nn
+from fairseq.tasks import FairseqTask
 
 from lslora_fairseq.config import LORA_FIELDS, LSLoConfig, resolve
 from lslora_fairseq.errors import ConfigError, one_line_errors
@@ -168,6 +168,11 @@ class LSLoTransformerModel(TransformerModel):
     @classmethod
     def build_model(cls, args, task):
         with one_line_errors():
+            if isinstance(task, FairseqTask) and not hasattr(task, "languages"):
+                raise ConfigError(
+                    "adapters need the language of each sentence, which this task does not tell: "
+                    "add --task translation_multi_lslora"
+                )
             _refuse(args)
             model = super().build_model(args, task)
             model.add_adapters(args)

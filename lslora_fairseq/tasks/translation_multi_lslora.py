@@ -5,10 +5,10 @@ import logging
 import os
 from argparse import Namespace
 
-import torch
 from fairseq.logging import metrics
 from fairseq.tasks import register_task
 from fairseq.tasks.translation_multi_simple_epoch import TranslationMultiSimpleEpochTask
+from omegaconf import OmegaConf
 
 from lslora_fairseq.checkpoints import read_args, resumed_checkpoint
 from lslora_fairseq.config import LORA_FIELDS, PruningConfig
@@ -31,6 +31,7 @@ TASK_FIELDS = (
     "lang_tok_replacing_bos_eos",
     "lang_tok_style",
     "langtoks_specs",
+    "langtoks",
 )
 
 
@@ -55,12 +56,21 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
 
     @classmethod
     def setup_task(cls, args, **kwargs):
-        with one_line_errors(ValueError, FileNotFoundError):
+        with one_line_errors(ValueError):
             if args.source_lang is not None and args.target_lang is not None:
                 _restore_task_options(args)
             elif getattr(args, "optimizer", None):
                 _check_optimizer(args)
-            return super().setup_task(args, **kwargs)
+            elif getattr(args, "path", None):
+                raise ConfigError("decoding needs both languages of a direction: give -s and -t")
+            _check_pairs(args)
+            try:
+                return super().setup_task(args, **kwargs)
+            except FileNotFoundError as error:
+                raise ConfigError(
+                    f"{error.filename}: no such file: name the folder that fairseq-preprocess "
+                    "wrote, or the dictionary with --fixed-dictionary"
+                ) from None
 
     def build_model(self, args, from_checkpoint=False):
         with one_line_errors():
@@ -87,9 +97,12 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
                 f"{', '.join(self.languages.codes)} and {', '.join(model.languages.codes)}"
             )
         self.languages = model.languages
-        used = {"source": set(self.source_langs), "target": set(self.target_langs)}
-        for side in SIDES:
-            lacking = sorted(c for c in used[side] if c not in self.languages)
+        pairs = list(self.lang_pairs)
+        if self.training:
+            pairs += self.data_manager.extra_lang_pairs
+        for position, side in enumerate(SIDES):
+            used = {pair.split("-")[position] for pair in pairs}
+            lacking = sorted(c for c in used if c not in self.languages)
             if lacking and model.plan.needs(side):
                 raise ConfigError(
                     f"no adapter for {', '.join(lacking)} of the data: add it to --lora-tiers "
@@ -99,7 +112,8 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
         if absent and self.training:
             raise ConfigError(
                 f"--lora-tiers has {', '.join(absent)}, absent from --langs "
-                f"({','.join(self.langs)}): it would have no language token"
+                f"({','.join(self.langs)}), and would have no language token: take it out of "
+                "--lora-tiers, or add it to --langs"
             )
 
     def _prepare_ids(self, model):
@@ -110,14 +124,17 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
                 "target_lang_ids": _index(self.languages, self.args.target_lang),
             }
             return
-        offered = offered_sides(self.args.langtoks, self.args.lang_tok_replacing_bos_eos)
+        # fairseq adds no token to a category of --extra-data that --langtoks does not name
+        langtoks = {c: (None, None) for c in self.args.extra_lang_pairs or ()}
+        langtoks.update(self.args.langtoks)
+        offered = offered_sides(langtoks, self.args.lang_tok_replacing_bos_eos)
         for side in needed:
             if side not in offered:
                 flag = "--encoder-langtok src" if side == "source" else "--decoder-langtok"
                 raise ConfigError(
                     f"layers indexed by the {side} language need its token in every sentence, "
-                    f"and the data has none: add {flag}, or index those layers by the other side "
-                    "(--encoder-index-side, --decoder-index-side)"
+                    f"and the data has none: add {flag} (for --extra-data: --langtoks), or index "
+                    "those layers by the other side (--encoder-index-side, --decoder-index-side)"
                 )
         self._read_ids = LangtokIds(
             self.source_dictionary,
@@ -128,11 +145,28 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
         )
 
     def load_dataset(self, split, *args, **kwargs):
+        with one_line_errors():
+            self._check_files(split)
         super().load_dataset(split, *args, **kwargs)
         dataset = self.datasets[split]
         if self.training and self.languages is not None and not hasattr(dataset, "_lslora"):
             dataset._lslora = True
             dataset.collater = functools.partial(self._collate, dataset.collater)
+
+    def _check_files(self, split):
+        """Every direction of the data has been prepared."""
+        try:
+            found = self.data_manager.get_split_num_data_shards(split)
+        except FileNotFoundError as error:
+            raise ConfigError(
+                f"{error.filename}: no such folder: name the one that fairseq-preprocess wrote"
+            ) from None
+        lacking = [pair for pair in self.lang_pairs if f"main:{pair}" not in found]
+        if lacking:
+            raise ConfigError(
+                f"{self.args.data} has no {split} data of {', '.join(lacking)}: prepare it with "
+                "fairseq-preprocess, or leave the direction out"
+            )
 
     def _collate(self, collater, samples):
         batch = collater(samples)
@@ -151,14 +185,21 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
         return super().inference_step(generator, models, sample, *args, **kwargs)
 
     def build_bpe(self, args):
-        path = getattr(args, "sentencepiece_model", None)
+        if getattr(args, "_name", None) != "sentencepiece":
+            return super().build_bpe(args)
+        remedy = "name the model that made the training data"
         with one_line_errors():
-            if path is not None and "://" not in path and not os.path.isfile(path):
+            if OmegaConf.is_missing(args, "sentencepiece_model"):
+                raise ConfigError(f"--sentencepiece-model is missing: {remedy}")
+            path = args.sentencepiece_model
+            if "://" not in path and not os.path.isfile(path):
+                raise ConfigError(f"--sentencepiece-model {path}: no such file: {remedy}")
+            try:
+                return super().build_bpe(args)
+            except RuntimeError:
                 raise ConfigError(
-                    f"--sentencepiece-model {path}: no such file; name the model that made the "
-                    "training data"
-                )
-        return super().build_bpe(args)
+                    f"--sentencepiece-model {path} is no SentencePiece model: {remedy}"
+                ) from None
 
     def begin_epoch(self, epoch, model):
         super().begin_epoch(epoch, model)
@@ -194,6 +235,13 @@ def _check_optimizer(args):
             args.optimizer,
         )
         return
+    if getattr(args, "fp16", False) and not (
+        args.fp16_no_flatten_grads or args.memory_efficient_fp16 or args.bf16
+    ):
+        raise ConfigError(
+            f"--optimizer {args.optimizer} steps the languages one by one, and --fp16 melts them "
+            "into one tensor: add --fp16-no-flatten-grads"
+        )
     config = PruningConfig.from_namespace(args)
     config.validated()
     warning = config.warning(getattr(args, "max_epoch", 0), getattr(args, "max_update", 0))
@@ -203,21 +251,61 @@ def _check_optimizer(args):
 
 def _read_base(path):
     if not os.path.isfile(path):
-        raise ConfigError(f"--finetune-from-model {path}: no such file")
+        raise ConfigError(
+            f"--finetune-from-model {path}: no such file: name the base model's checkpoint"
+        )
     return BaseModel.from_args(path, read_args(path))
 
 
+def _check_pairs(args):
+    """Every direction can be read, and consists of known languages."""
+    if args.source_lang is not None and args.target_lang is not None:
+        pairs = [(args.source_lang, args.target_lang)]
+    else:
+        pairs = args.lang_pairs or []
+        pairs = [p.split("-") for p in (pairs.split(",") if isinstance(pairs, str) else pairs)]
+    for pair in pairs:
+        if len(pair) != 2 or not all(pair):
+            raise ConfigError(
+                f"--lang-pairs: cannot read {'-'.join(pair)!r}: write source-target, with codes "
+                "that hold no hyphen"
+            )
+        unknown = [code for code in pair if args.langs and code not in args.langs]
+        if unknown:
+            raise ConfigError(
+                f"{'-'.join(pair)}: {unknown[0]} is absent from --langs ({','.join(args.langs)}): "
+                "choose one of these, or train with it in --langs"
+            )
+
+
 def _restore_task_options(args):
-    """Fills in what the command line leaves out from the (first) checkpoint to decode with."""
+    """Takes languages and language tokens from the (first) checkpoint to decode with.
+
+    What the command line says must agree; for a checkpoint of stock fairseq its word is taken.
+    """
     path = (getattr(args, "path", None) or "").split(os.pathsep)[0]
+    if not path or "://" in path:
+        return
     if not os.path.isfile(path):
-        return  # fairseq itself says that the model is missing
-    if args.langs or args.lang_dict or args.encoder_langtok or args.decoder_langtok:
-        return  # the languages and tokens are given: take the command line's word for all
+        raise ConfigError(f"--path {path}: no such file: name the checkpoint to decode with")
     saved = read_args(path)
+    given = args.langs or args.lang_dict or args.encoder_langtok or args.decoder_langtok
+    if saved.get("lora_tiers") is None and given:
+        return
+    for name in ("langs", "encoder_langtok"):
+        value, trained = getattr(args, name), saved.get(name)
+        if value and trained and value != trained:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} {_text(value)} differs from {_text(trained)}, with "
+                f"which {path} was trained: leave the option out"
+            )
     for name in TASK_FIELDS:
-        if saved.get(name) is not None and not (name == "lang_pairs" and args.lang_pairs):
+        if saved.get(name) is not None and not (name == "lang_dict" and args.lang_dict):
             setattr(args, name, saved[name])
+
+
+def _text(value):
+    return ",".join(value) if isinstance(value, list) else value
 
 
 def _restore_lora_options(args, path, langs):

@@ -93,7 +93,7 @@ def test_two_processes_give_what_one_gives(corpus, tmp_path):
 
     def args(name, *more):
         # ja has adapters and no sentence; an odd number of batches gives one rank a dummy batch
-        made = finetune_args(corpus, tmp_path / name, "--weight-decay", "0.01", *more)
+        made = finetune_args(corpus, tmp_path / name, "--dropout", "0", "--wd", "0.01", *more)
         made = with_option(made, "--lang-pairs", "en-de,fr-en")
         return [*made, "--batch-size", "8"]
 
