@@ -190,7 +190,7 @@ def split(pairs, sizes, seed):
 def tier(count, largest):
     """Resource tier of a language with *count* training pairs; *largest* is the most of any."""
     share = count / largest
-    return "high" if share >= 0.8 else "medium" if share >= 0.5 else "low"
+    return "high" if share >= 0.9 else "medium" if share >= 0.6 else "low"
 
 
 def write_split(folder, name, pairs):

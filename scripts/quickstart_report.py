@@ -1,0 +1,151 @@
+#!/usr/bin/env python3
+"""Writes the quickstart's table: BLEU of the base and of the fine-tuned model by resource tier.
+
+BLEU is computed over the corpus' own SentencePiece pieces, over all test sentences from and into
+the languages of a tier together; English is a side of every direction and counted in none. The
+gain is tested by paired bootstrap. Trainable parameters and sparsity are counted in the checkpoint.
+"""
+
+import argparse
+import re
+from pathlib import Path
+
+from fairseq.checkpoint_utils import load_model_ensemble_and_task
+from sacrebleu.metrics import BLEU
+from sacrebleu.significance import PairedTest
+
+import lslora_fairseq  # noqa: F401  registers the model and the task
+
+PIVOT = "en"
+# folder of hypotheses -> the corpus whose test set it translates
+DECODED = {"base_own": "base", "base": "finetune", "finetuned": "finetune"}
+
+
+def read_lines(path):
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+def read_hypotheses(log):
+    """The hypotheses that fairseq-generate printed, in the order of the test set."""
+    found = re.findall(r"^H-(\d+)\t\S+\t(.*)$", log.read_text(encoding="utf-8"), re.M)
+    return [text for _, text in sorted(found, key=lambda item: int(item[0]))]
+
+
+def read_decoded(logs, text, languages):
+    """(hypothesis, reference) pairs, in pieces, of both directions of these languages.
+
+    Raises:
+        SystemExit: a log holds another number of hypotheses than the test set has sentences.
+    """
+    pairs = []
+    for language in languages:
+        for source, target in ((PIVOT, language), (language, PIVOT)):
+            log = logs / f"{source}-{target}.log"
+            hypotheses = read_hypotheses(log)
+            references = read_lines(text / f"test.{PIVOT}-{language}.{target}")
+            if len(hypotheses) != len(references):
+                raise SystemExit(
+                    f"quickstart: error: {log} holds {len(hypotheses)} hypotheses for "
+                    f"{len(references)} sentences: delete {logs.parent} and run again"
+                )
+            pairs += zip(hypotheses, references)
+    return pairs
+
+
+class Scores:
+    """BLEU on the test set over any subset of the languages."""
+
+    def __init__(self, work):
+        self.work = work
+        self.bleu = BLEU(tokenize="none")  # pieces are tokens already
+        self.signature = None
+
+    def _pairs(self, name, languages):
+        return read_decoded(
+            self.work / "decoded" / name, self.work / "pieces" / DECODED[name], languages
+        )
+
+    def score(self, name, languages):
+        hypotheses, references = zip(*self._pairs(name, languages))
+        return self.bleu.corpus_score(hypotheses, [references]).score
+
+    def compared(self, languages):
+        """(sentences, BLEU of the base, of the fine-tuned model, p value of the difference)."""
+        before, references = zip(*self._pairs("base", languages))
+        after, _ = zip(*self._pairs("finetuned", languages))
+        systems = [("base", before), ("fine-tuned", after)]
+        test = PairedTest(systems, {"BLEU": self.bleu}, [references], test_type="bs")
+        signatures, results = test()
+        self.signature = signatures["BLEU"]
+        base, tuned = results["BLEU"]
+        return len(references), base.score, tuned.score, tuned.p_value
+
+
+def count_adapters(model, codes):
+    """(trainable parameters, entries of B, pruned entries of B) of these languages."""
+    trainable = entries = pruned = 0
+    for linear in model.adapted_linears():
+        for code in codes:
+            rows = linear.layout.language_rows(model.languages.index(code))
+            mask = linear.lora_B_mask[rows]
+            trainable += linear.lora_A[rows].numel() + linear.lora_B[rows].numel()
+            entries += mask.numel()
+            pruned += int((~mask).sum())
+    return trainable, entries, pruned
+
+
+def table(model, scores):
+    """Rows of text, the heading first: one for each tier, and one for all."""
+    inventory = model.languages
+    groups = {
+        tier: [code for code in inventory.codes if inventory.tier(code) == tier]
+        for tier in inventory.tiers
+    }
+    groups["all"] = list(inventory.codes)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    yield ("tier", "languages", "sentences", "base BLEU", "tuned BLEU", "gain", "p",
+           "trainable", "of base", "sparsity")  # fmt: skip
+    for name, codes in groups.items():
+        count, base, tuned, p = scores.compared([code for code in codes if code != PIVOT])
+        trainable, entries, pruned = count_adapters(model, codes)
+        yield (
+            name, str(len(codes)) if name == "all" else " ".join(codes), f"{count:,}",
+            f"{base:.1f}", f"{tuned:.1f}", f"{tuned - base:+.1f}",
+            f"{p:.3f}" if p >= 0.001 else "< 0.001", f"{trainable:,}",
+            f"{trainable / frozen:.2%}", f"{pruned / entries:.3f}",
+        )  # fmt: skip
+
+
+def align(rows):
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        names = [f"{cell:<{width}}" for cell, width in zip(row[:2], widths)]
+        numbers = [f"{cell:>{width}}" for cell, width in zip(row[2:], widths[2:])]
+        yield "  ".join(names + numbers)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work", type=Path, required=True, help="the quickstart's folder")
+    parser.add_argument("--checkpoint", required=True, help="the fine-tuned model")
+    parser.add_argument("--out", type=Path, required=True, help="file to write the table to")
+    args = parser.parse_args()
+    models, _, _ = load_model_ensemble_and_task([args.checkpoint])
+    model = models[0]
+    scores = Scores(args.work)
+    own = scores.score("base_own", [code for code in model.languages.codes if code != PIVOT])
+    lines = [
+        f"BLEU of the base model on held-out messages of its own products: {own:.1f}",
+        "",
+        *align(table(model, scores)),
+        "",
+        f"BLEU over SentencePiece pieces, {scores.signature}",
+    ]
+    args.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
