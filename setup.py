@@ -23,6 +23,15 @@ setup(
     ],
     extras_require={
         "quickstart": ["polib"],
-        "test": ["pytest", "pytest-cov", "ruff", "polib", "wtforms", "humanize"],
+        "test": [
+            "pytest",
+            "pytest-cov",
+            "pytest-xdist",
+            "filelock",
+            "ruff",
+            "polib",
+            "wtforms",
+            "humanize",
+        ],
     },
 )

@@ -2,10 +2,12 @@
 
 import argparse
 import functools
+import logging
 import os
 import pickle
 import re
 import textwrap
+from contextlib import contextmanager
 
 import torch
 from fairseq import checkpoint_utils
@@ -86,7 +88,7 @@ def report_unwritable_save_dir():
 def _reporting(write):
     @functools.wraps(write)
     def reporting(cfg, *args, **kwargs):
-        with one_line_errors():
+        with one_line_errors(), _without_logged_tracebacks():
             try:
                 return write(cfg, *args, **kwargs)
             except (OSError, RuntimeError) as error:
@@ -103,6 +105,22 @@ def _reporting(write):
 
     reporting.reporting = True
     return reporting
+
+
+@contextmanager
+def _without_logged_tracebacks():
+    """fairseq logs the traceback of a failed write before it raises the error that we report."""
+    logger = logging.getLogger(checkpoint_utils.__name__)
+
+    def short(record):
+        wanted = os.environ.get("LSLORA_TRACEBACK")
+        return wanted or not record.getMessage().startswith("Traceback")
+
+    logger.addFilter(short)
+    try:
+        yield
+    finally:
+        logger.removeFilter(short)
 
 
 def read_args(path):
@@ -146,7 +164,8 @@ def _unreadable(path, error):
             f"{path} holds {unsafe[1]}, which torch's safe loader refuses: if you trust the file, "
             "set TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1"
         )
-    reason = textwrap.shorten(str(error), 100, placeholder=" …") or type(error).__name__
+    reason = f"{type(error).__name__}: {error}".rstrip(": ")
+    reason = textwrap.shorten(reason, 100, placeholder=" …")
     return (
         f"cannot read the checkpoint {path} ({reason}): it is damaged, cut short or no "
         "checkpoint; copy it again, or name another one"

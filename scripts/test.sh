@@ -6,6 +6,7 @@ source "$ROOT/scripts/environment.sh"
 cd "$ROOT"
 ruff check .
 ruff format --check .
-# several commands run side by side in some tests: one thread each keeps them off each other's cores
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
-python -m pytest --cov=lslora_fairseq --cov-report=term "$@"
+# a process for each core, each with one thread, which keeps them off each other's cores
+export OMP_NUM_THREADS=1
+python -m pytest -n "$(getconf _NPROCESSORS_ONLN)" --dist loadscope \
+    --cov=lslora_fairseq --cov-report=term "$@"

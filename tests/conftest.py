@@ -13,9 +13,11 @@ import pytest
 import sentencepiece
 import torch
 from console import LANGS, run, train_args
+from filelock import FileLock
 
 Corpus = namedtuple("Corpus", "data base spm dictionary text")
 
+CODES = LANGS.split(",")
 CATALOGUES = (("wtforms", "wtforms"), ("humanize", "humanize"))
 
 
@@ -32,10 +34,31 @@ def _messages(lang):
 
 
 @pytest.fixture(scope="session")
-def corpus(tmp_path_factory):
-    """Real parallel text of English with German, French and Japanese, binarised, and a base."""
-    folder = tmp_path_factory.mktemp("corpus")
-    langs = [lang for lang in LANGS.split(",") if lang != "en"]
+def corpus(tmp_path_factory, worker_id):
+    """Real parallel text of English with German, French and Japanese, binarised, and a base.
+
+    Made once, by the first of the processes that run the tests.
+    """
+    shared = tmp_path_factory.getbasetemp()
+    if worker_id != "master":  # this process runs a part of the tests
+        shared = shared.parent
+    folder = shared / "corpus"
+    with FileLock(shared / "corpus.lock"):
+        if not (folder / "done").exists():
+            folder.mkdir()
+            _make_corpus(folder)
+            (folder / "done").touch()
+    return _read_corpus(folder)
+
+
+def _read_corpus(folder):
+    base = folder / "base" / "checkpoint_last.pt"
+    text = {lang: (folder / f"all.{lang}").read_text("utf-8").splitlines() for lang in CODES}
+    return Corpus(folder / "data", base, folder / "spm.model", folder / "dict.txt", text)
+
+
+def _make_corpus(folder):
+    langs = [lang for lang in CODES if lang != "en"]
     messages = {lang: _messages(lang) for lang in langs}
     english = sorted(set.intersection(*(set(m) for m in messages.values())))
     assert len(english) > 40
@@ -71,21 +94,13 @@ def corpus(tmp_path_factory):
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(binarise, langs))
-    made = Corpus(
-        folder / "data",
-        folder / "base" / "checkpoint_last.pt",
-        folder / "spm.model",
-        dictionary,
-        text,
-    )
     run(
         "fairseq-train",
         *train_args(
-            made, folder / "base", "--arch", "transformer", "--optimizer", "adam",
+            _read_corpus(folder), folder / "base", "--arch", "transformer", "--optimizer", "adam",
             "--max-epoch", "15", "--disable-validation", task="translation_multi_simple_epoch",
         ),
     )  # fmt: skip
-    return made
 
 
 @pytest.fixture(autouse=True)

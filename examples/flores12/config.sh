@@ -16,6 +16,7 @@ CHECKPOINT="${CHECKPOINT:-$SAVE_DIR/checkpoint_last.pt}" # what evaluate.sh deco
 RESULTS="${RESULTS:-$WORK/results}"                     # hypotheses and scores
 
 # ── languages: all directions between them are trained and scored ──
+# Any languages of FLORES_CODES below, by tier; RANKS gives each tier its rank.
 TIERS="${TIERS:-high=en,fr,it,de;medium=nl,zh,ja,ko;low=oc,or,sd,wo}"
 VALID_LINES="${VALID_LINES:-47}"  # FLORES dev has 997 lines: these last ones validate, the rest train
 
@@ -53,23 +54,27 @@ DECODE_JOBS="${DECODE_JOBS:-1}"               # fairseq-generate: each loads the
 
 LANGUAGES="$(tr ';' '\n' <<<"$TIERS" | cut -d= -f2 | tr ',\n' '  ')"
 
-# FLORES-101 names its files by three-letter codes.
+# The model's code of every language of FLORES-101, and the one that FLORES names its files by. Pairs
+# in the environment come first: FLORES_CODES=zh=zho_trad
+FLORES_CODES="${FLORES_CODES:-}
+    af=afr am=amh ar=ara as=asm ast=ast az=azj be=bel bg=bul bn=ben bs=bos ca=cat ceb=ceb cs=ces
+    cy=cym da=dan de=deu el=ell en=eng es=spa et=est fa=fas ff=ful fi=fin fr=fra ga=gle gl=glg gu=guj
+    ha=hau he=heb hi=hin hr=hrv hu=hun hy=hye id=ind ig=ibo is=isl it=ita ja=jpn jv=jav ka=kat kam=kam
+    kea=kea kk=kaz km=khm kn=kan ko=kor ku=ckb ky=kir lb=ltz lg=lug ln=lin lo=lao lt=lit luo=luo
+    lv=lav mi=mri mk=mkd ml=mal mn=mon mr=mar ms=msa mt=mlt my=mya ne=npi nl=nld no=nob ns=nso ny=nya
+    oc=oci om=orm or=ory pa=pan pl=pol ps=pus pt=por ro=ron ru=rus sd=snd sk=slk sl=slv sn=sna so=som
+    sr=srp sv=swe sw=swh ta=tam te=tel tg=tgk th=tha tl=tgl tr=tur uk=ukr umb=umb ur=urd uz=uzb vi=vie
+    wo=wol xh=xho yo=yor zh=zho_simpl zu=zul"
+
 flores_code() {
-    case "$1" in
-        de) echo deu ;;
-        en) echo eng ;;
-        fr) echo fra ;;
-        it) echo ita ;;
-        ja) echo jpn ;;
-        ko) echo kor ;;
-        nl) echo nld ;;
-        oc) echo oci ;;
-        or) echo ory ;;
-        sd) echo snd ;;
-        wo) echo wol ;;
-        zh) echo zho_simpl ;;
-        *) fail "no FLORES code known for $1: add it to flores_code in examples/flores12/config.sh" ;;
-    esac
+    local entry
+    for entry in $FLORES_CODES; do
+        if [ "${entry%%=*}" = "$1" ]; then
+            echo "${entry#*=}"
+            return
+        fi
+    done
+    fail "no FLORES-101 files known for '$1' of TIERS: leave it out, or name them: FLORES_CODES=$1=code"
 }
 
 # All directions, one a line.
@@ -82,9 +87,17 @@ directions() {
     done
 }
 
-# The same, but only the first direction of each pair.
+# One direction of each pair, whatever the order of TIERS.
 pairs() {
-    directions | awk -F- '!(($2, $1) in seen) { seen[$1, $2]; print }'
+    directions | awk -F- '$1 < $2'
+}
+
+# need_data: every pair of languages has been prepared
+need_data() {
+    local pair
+    for pair in $(pairs); do
+        [ -f "$DATA/$pair.done" ] || fail "$DATA lacks $pair: run examples/flores12/prepare.sh"
+    done
 }
 
 # The languages of the base model, in the order in which it appended their tokens to its
@@ -93,7 +106,7 @@ pairs() {
 model_languages() {
     local list="$MODEL_DIR/language_pairs.txt" language found
     need "$list" "run examples/flores12/download.sh, or name the base model's languages in its order: MODEL_LANGUAGES=af,am,..."
-    found="$(tr -cs 'A-Za-z0-9_' '\n' <"$list" | grep . | LC_ALL=C sort -u | paste -sd, -)"
+    found="$(tr -cs 'A-Za-z0-9_' '\n' <"$list" | sed '/^$/d' | LC_ALL=C sort -u | paste -sd, -)"
     for language in $LANGUAGES; do
         case ",$found," in
             *",$language,"*) ;;
@@ -113,11 +126,17 @@ set_task_args() {
     )
 }
 
-# with_precision FLAG OPTION... : EXTRA_ARGS becomes the options, with FLAG in front unless one of
+# set_extra_args FLAG TEXT : EXTRA_ARGS becomes the words of TEXT, with FLAG in front unless one of
 # them is --cpu.
-with_precision() {
-    EXTRA_ARGS=("$@")
-    case " $* " in *" --cpu "*) EXTRA_ARGS=("${@:2}") ;; esac
+set_extra_args() {
+    set -f # a word such as source*9 is no file name
+    # shellcheck disable=SC2206  # split at spaces
+    EXTRA_ARGS=($2)
+    set +f
+    case " ${EXTRA_ARGS[*]-} " in
+        *" --cpu "*) ;;
+        *) EXTRA_ARGS=("$1" ${EXTRA_ARGS[@]+"${EXTRA_ARGS[@]}"}) ;;
+    esac
 }
 
 fail() {
@@ -139,3 +158,5 @@ sys.exit(not all(map(f, ("fairseq", "sentencepiece", "sacrebleu"))))'
         source "$ROOT/scripts/environment.sh"
     fi
 }
+
+[ -n "$(directions)" ] || fail "TIERS='$TIERS' names no two languages: write 'high=en,fr;low=oc'"

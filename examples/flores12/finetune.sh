@@ -7,11 +7,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/config.sh"
 
 need "$MODEL_DIR/model.pt" "run examples/flores12/download.sh"
 set_task_args
-for pair in $(pairs); do
-    [ -f "$DATA/$pair.done" ] || fail "$DATA lacks $pair: run examples/flores12/prepare.sh"
-done
-# shellcheck disable=SC2086  # split at spaces
-with_precision --amp $EXTRA_TRAIN_ARGS
+need_data
+set_extra_args --amp "$EXTRA_TRAIN_ARGS"
 activate_python
 
 command=(
@@ -31,8 +28,9 @@ command=(
     --save-dir "$SAVE_DIR" --no-epoch-checkpoints --log-format simple --log-interval 20
     ${EXTRA_ARGS[@]+"${EXTRA_ARGS[@]}"}
 )
-finished="$SAVE_DIR/finished"
-if [ "$(cat "$finished" 2>/dev/null)" = "${command[*]}" ]; then
+finished="$SAVE_DIR/finished" # holds the command that has ended well
+if [ -s "$SAVE_DIR/checkpoint_last.pt" ] &&
+    [ "$(cat "$finished" 2>/dev/null)" = "${command[*]}" ]; then
     echo "$SAVE_DIR is finished"
     exit
 fi

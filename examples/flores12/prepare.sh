@@ -6,6 +6,18 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/config.sh"
 
+settings="VALID_LINES=$VALID_LINES"
+if [ -f "$DATA/settings" ] && [ "$(cat "$DATA/settings")" != "$settings" ]; then
+    fail "$DATA was made with $(cat "$DATA/settings"): delete $TEXT and $DATA, or choose another WORK"
+fi
+todo=()
+for pair in $(pairs); do
+    [ -f "$DATA/$pair.done" ] || todo+=("$pair")
+done
+if [ ${#todo[@]} = 0 ]; then
+    echo "$DATA is complete"
+    exit
+fi
 for file in dict.txt sentencepiece.bpe.model; do
     need "$MODEL_DIR/$file" "run examples/flores12/download.sh"
 done
@@ -17,29 +29,24 @@ for language in $LANGUAGES; do
         need "$file" "run examples/flores12/download.sh"
     done
 done
-settings="VALID_LINES=$VALID_LINES"
-mkdir -p "$TEXT" "$DATA" "$WORK/log"
-if [ -f "$DATA/settings" ] && [ "$(cat "$DATA/settings")" != "$settings" ]; then
-    fail "$DATA was made with $(cat "$DATA/settings"): delete $TEXT and $DATA, or choose another WORK"
-fi
-echo "$settings" >"$DATA/settings"
 activate_python
-
+mkdir -p "$TEXT" "$DATA" "$WORK/log"
 python "$ROOT/examples/flores12/encode.py" "$MODEL_DIR/sentencepiece.bpe.model" "$TEXT" \
     "$VALID_LINES" "${sources[@]}"
+echo "$settings" >"$DATA/settings"
 
 binarise() {
     local pair="$1" made="$DATA/$1.tmp" log="$WORK/log/prepare.$1.log"
-    [ -f "$DATA/$pair.done" ] && return
     rm -rf "$made"
-    if ! fairseq-preprocess --source-lang "${pair%-*}" --target-lang "${pair#*-}" \
-        --trainpref "$TEXT/train" --validpref "$TEXT/valid" --testpref "$TEXT/test" \
-        --srcdict "$MODEL_DIR/dict.txt" --tgtdict "$MODEL_DIR/dict.txt" \
-        --destdir "$made" >"$log" 2>&1; then
+    if ! {
+        fairseq-preprocess --source-lang "${pair%-*}" --target-lang "${pair#*-}" \
+            --trainpref "$TEXT/train" --validpref "$TEXT/valid" --testpref "$TEXT/test" \
+            --srcdict "$MODEL_DIR/dict.txt" --tgtdict "$MODEL_DIR/dict.txt" --destdir "$made" &&
+            mv -f "$made"/*.bin "$made"/*.idx "$made"/dict.*.txt "$DATA/"
+    } >"$log" 2>&1; then
         echo "flores12: error: fairseq-preprocess failed on $pair: see $log" >&3
         return 255 # xargs starts no other pair
     fi
-    mv -f "$made"/*.bin "$made"/*.idx "$made"/dict.*.txt "$DATA/"
     rm -rf "$made"
     touch "$DATA/$pair.done"
     echo "binarised $pair"
@@ -47,6 +54,5 @@ binarise() {
 export -f binarise
 export DATA TEXT WORK MODEL_DIR
 # shellcheck disable=SC2016  # expanded by the inner bash
-pairs | tr '\n' '\0' |
+printf '%s\0' "${todo[@]}" |
     xargs -0 -n 1 -P "$JOBS" bash -c 'binarise "$1"' binarise 3>&2 2>/dev/null || exit 1
-echo "prepared $(pairs | grep -c .) pairs in $DATA"

@@ -14,14 +14,19 @@ from sacrebleu.metrics import BLEU
 def main(folder, tiers, tokenizer, *references):
     folder = Path(folder)
     tier_of = {}
-    for group in tiers.split(";"):
+    for group in filter(str.strip, tiers.split(";")):
         tier, _, langs = group.partition("=")
-        tier_of.update({lang: tier for lang in langs.split(",")})
+        tier_of.update({lang.strip(): tier.strip() for lang in langs.split(",")})
+    if tokenizer not in BLEU.TOKENIZERS:
+        fail(
+            f"sacrebleu has no tokenizer {tokenizer}: choose one of "
+            f"{', '.join(BLEU.TOKENIZERS)} with BLEU_TOKENIZER"
+        )
     try:
         bleu = BLEU(tokenize=tokenizer)
     except OSError as error:
-        sys.exit(
-            f"flores12: error: sacrebleu cannot download its tokenizer {tokenizer} ({error}): "
+        fail(
+            f"sacrebleu cannot download its tokenizer {tokenizer} ({error}): "
             "run once with a network, or choose another one with BLEU_TOKENIZER"
         )
     lines = {lang: read(path) for lang, path in zip(references[::2], references[1::2])}
@@ -31,10 +36,9 @@ def main(folder, tiers, tokenizer, *references):
             if source != target:
                 hypotheses = read(folder / f"{source}-{target}.hyp")
                 if len(hypotheses) != len(lines[target]):
-                    sys.exit(
-                        f"flores12: error: {source}-{target}.hyp in {folder} has "
-                        f"{len(hypotheses)} lines, the reference {len(lines[target])}: delete it "
-                        "and run evaluate.sh again"
+                    fail(
+                        f"{source}-{target}.hyp in {folder} has {len(hypotheses)} lines, the "
+                        f"reference {len(lines[target])}: delete it and run evaluate.sh again"
                     )
                 scores[source, target] = bleu.corpus_score(hypotheses, [lines[target]]).score
     (folder / "scores.tsv").write_text(
@@ -70,6 +74,10 @@ def show_row(name, values, width):
 
 def mean(values):
     return sum(values) / len(values)
+
+
+def fail(message):
+    sys.exit(f"flores12: error: {message}")
 
 
 def read(path):

@@ -44,7 +44,10 @@ class BaseModel:
         if self.langs is None:
             return None
         tokens = [get_lang_tok(lang, self.lang_tok_style) for lang in self.langs]
-        return list(lines) + [t for t in dict.fromkeys(tokens) if t not in set(lines)]
+        if self.lang_tok_style == "mbart":
+            tokens.append("<mask>")  # fairseq appends it after the tokens of this style
+        known = set(lines)
+        return list(lines) + [t for t in dict.fromkeys(tokens) if t not in known]
 
 
 def match_rows(rows, dictionary, base):
@@ -65,15 +68,20 @@ def match_rows(rows, dictionary, base):
     """
     ours = dictionary.symbols
     lines = ours[: dictionary.rows_in_file]
-    theirs = base.symbols(lines)
-    if theirs is None or len(theirs) != rows:
-        theirs = lines if rows == len(lines) else ours if rows == len(ours) else None
+    told = theirs = base.symbols(lines)
+    if told is None or len(told) != rows:
+        # a base that tells another order may have as many rows as we do by chance
+        same = rows == len(ours) and (told is None or ours[: len(told)] == told)
+        theirs = lines if rows == len(lines) else ours if same else None
     if theirs is None:
-        appended = len(ours) - len(lines)
-        told = f", trained with {len(base.langs)} languages," if base.langs else ""
+        trained = f", trained with {len(base.langs)} languages," if base.langs else ""
+        expected = f"this run expects {len(ours):,}"
+        if rows == len(ours):
+            expected = "as many as this run but for other tokens"
         raise ConfigError(
-            f"{base.path}{told} has {rows:,} embedding rows, this run expects {len(ours):,}: "
-            f"{len(lines) - SPECIALS:,} dictionary lines + {SPECIALS} specials + {appended} "
+            f"{base.path}{trained} has {rows:,} embedding rows, {expected}: "
+            f"{len(lines) - SPECIALS:,} dictionary lines + {SPECIALS} specials + "
+            f"{len(ours) - len(lines)} "
             "language tokens that the dictionary lacks; use the dictionary of the base model and "
             "its --langs in its order, or, for rows beyond the language tokens such as NLLB's "
             "data-source tags, write every row in order into one file and pass it as "

@@ -61,6 +61,7 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
                 _restore_task_options(args)
             elif getattr(args, "optimizer", None):
                 _check_optimizer(args)
+                _check_loading(args)
             elif getattr(args, "path", None):
                 raise ConfigError("decoding needs both languages of a direction: give -s and -t")
             _check_pairs(args)
@@ -249,6 +250,22 @@ def _check_optimizer(args):
         logger.warning(warning)
 
 
+def _check_loading(args):
+    """What fairseq refuses beside --finetune-from-model, told before anything is built."""
+    if not getattr(args, "finetune_from_model", None):
+        return
+    names = ("reset_optimizer", "reset_lr_scheduler", "reset_meters", "reset_dataloader")
+    refused = [name for name in names if getattr(args, name, False)]
+    if getattr(args, "restore_file", "checkpoint_last.pt") != "checkpoint_last.pt":
+        refused.append("restore_file")
+    if refused:
+        option = f"--{refused[0].replace('_', '-')}"
+        raise ConfigError(
+            f"--finetune-from-model and {option} exclude each other: leave out "
+            f"--finetune-from-model to resume a run, or {option} to start from the base model"
+        )
+
+
 def _read_base(path):
     if not os.path.isfile(path):
         raise ConfigError(
@@ -311,6 +328,12 @@ def _text(value):
 def _restore_lora_options(args, path, langs):
     """Takes the --lora-* options of the checkpoint that is resumed, and refuses other ones."""
     saved = read_args(path)
+    trained, ours = saved.get("optimizer"), getattr(args, "optimizer", None)
+    if trained and ours and ours != trained and not getattr(args, "reset_optimizer", False):
+        raise ConfigError(
+            f"{path} was trained with --optimizer {trained}, this run has {ours}: resume with the "
+            "old one, or add --reset-optimizer (and leave out --finetune-from-model)"
+        )
     if saved.get("lora_tiers") is None:
         return
     if list(saved.get("langs") or langs) != list(langs):

@@ -1,0 +1,164 @@
+"""The recipe of examples/flores12 in miniature: its own scripts on archives like the real ones."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+from console import PAIRS, ROOT, SIZES
+
+SCRIPTS = ("download.sh", "prepare.sh", "finetune.sh", "evaluate.sh")
+FLORES_CODES = {"en": "eng", "de": "deu", "ja": "jpn"}
+
+
+def script(name, settings, **more):
+    """Runs a script of the recipe; returns (exit status, stdout, stderr)."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", str(ROOT / "examples" / "flores12" / name)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", **settings, **more},
+        cwd=Path(settings["WORK"]).parent,  # anywhere but in the clone
+        timeout=300,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def error(result):
+    """The one line of an error that ended a script."""
+    status, _, stderr = result
+    lines = stderr.splitlines()
+    assert status == 1 and len(lines) == 1 and lines[0].startswith("flores12: error: "), stderr
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def settings(corpus, tmp_path_factory):
+    """Environment of the scripts; the archives stand ready under BASE_URL."""
+    folder = tmp_path_factory.mktemp("flores 12")
+    model, flores = folder / "flores101_mm100_615M", folder / "flores101_dataset"
+    for made in (model, flores / "dev", flores / "devtest"):
+        made.mkdir(parents=True)
+    shutil.copy(corpus.base, model / "model.pt")
+    shutil.copy(corpus.spm, model / "sentencepiece.bpe.model")
+    shutil.copy(corpus.dictionary, model / "dict.txt")
+    (model / "language_pairs.txt").write_text(PAIRS)
+    for lang, code in FLORES_CODES.items():
+        lines = corpus.text[lang]
+        for split, part in (("dev", lines[16:] + lines[:8]), ("devtest", lines[8:16])):
+            (flores / split / f"{code}.{split}").write_text("\n".join(part) + "\n", "utf-8")
+    for source, target in ((model, "pretrained_models"), (flores, "dataset")):
+        (folder / target).mkdir()
+        with tarfile.open(folder / target / f"{source.name}.tar.gz", "w:gz") as archive:
+            archive.add(source, source.name)
+    return {
+        "BASE_URL": folder.as_uri(),
+        "WORK": str(folder / "work"),
+        "TIERS": "high=en,de;low=ja",
+        "RANKS": "high=2,low=4",
+        "VALID_LINES": "8",
+        "ARCH": "lslora_transformer",
+        "ENCODER_SIDES": "source*2,target*1",
+        "MAX_EPOCH": "3",
+        "PRUNING_BEGIN": "1",
+        "PRUNING_DURATION": "2",
+        "MAX_TOKENS": "600",
+        "UPDATE_FREQ": "1",
+        "BEAM": "2",
+        "BLEU_TOKENIZER": "char",
+        "JOBS": "1",
+        "EXTRA_TRAIN_ARGS": " ".join(["--cpu", "--num-workers", "0", *SIZES]),
+        "EXTRA_GENERATE_ARGS": "--cpu --num-workers 0 --max-len-b 30",
+    }
+
+
+@pytest.fixture(scope="module")
+def printed(settings):
+    """What each script printed in its first run."""
+    out = {}
+    for name in SCRIPTS:
+        status, out[name], stderr = script(name, settings)
+        assert status == 0, f"{name} failed:\n{out[name][-3000:]}\n{stderr[-3000:]}"
+    return out
+
+
+def test_every_direction_is_scored(settings, printed):
+    results = Path(settings["WORK"], "results")
+    rows = [line.split("\t") for line in (results / "scores.tsv").read_text().splitlines()]
+    langs = list(FLORES_CODES)
+    assert [d for d, _ in rows] == [f"{s}-{t}" for s in langs for t in langs if s != t]
+    assert all(0 <= float(score) <= 100 for _, score in rows) and any(float(s) for _, s in rows)
+    for direction, score in rows:
+        log = (results / f"{direction}.log").read_text("utf-8")
+        said = {int(n): text for n, text in re.findall(r"^H-(\d+)\t\S+\t(.*)$", log, re.M)}
+        text = (results / f"{direction}.hyp").read_text("utf-8")
+        assert text == "".join(said[i] + "\n" for i in range(8)) and "▁" not in text
+        assert f"\n__{direction[3:]}__" not in "\n" + text  # the token that decoding starts with
+        assert re.search(rf"^{direction[:2]} .* {re.escape(score)}\b", printed["evaluate.sh"], re.M)
+
+
+def test_the_table_has_tiers_and_the_signature(printed):
+    number = r" +\d+\.\d\d"
+    table = printed["evaluate.sh"]
+    assert re.search(
+        rf"^ +high +low +mean\nhigh{number * 3}\nlow{number} +-{number}\n", table, re.M
+    )
+    assert re.search(r"^mean of 6 directions: \d", table, re.M)
+    assert re.search(r"^nrefs:1\|case:mixed\|eff:no\|tok:char\|smooth:exp\|version:", table, re.M)
+
+
+def test_a_second_run_does_nothing(settings, printed):
+    work = Path(settings["WORK"])
+
+    def files():
+        return {p: p.stat().st_mtime_ns for p in work.rglob("*") if p.name != "scores.tsv"}
+
+    before = files()
+    again = {name: script(name, settings) for name in SCRIPTS}
+    assert files() == before
+    assert [status for status, _, _ in again.values()] == [0] * 4
+    model, flores = again["download.sh"][1].splitlines()
+    assert model.endswith("615M is complete") and flores.endswith("dataset is complete")
+    assert again["prepare.sh"][1].endswith("data is complete\n")
+    assert again["finetune.sh"][1].endswith("finetuned is finished\n")
+    assert again["evaluate.sh"][1] == printed["evaluate.sh"]
+    assert again["evaluate.sh"][2].startswith("all directions are decoded")
+
+
+def test_another_checkpoint_needs_other_results(settings, printed):
+    base = str(Path(settings["WORK"], "flores101_mm100_615M", "model.pt"))
+    assert "choose another RESULTS" in error(script("evaluate.sh", settings, CHECKPOINT=base))
+
+
+@pytest.mark.parametrize(
+    "name, missing, remedy",
+    [
+        ("prepare.sh", "dict.txt", "download.sh"),
+        ("finetune.sh", "model.pt", "download.sh"),
+        ("evaluate.sh", "checkpoint_last.pt", "finetune.sh"),
+    ],
+)
+def test_a_missing_step_is_named(settings, tmp_path, name, missing, remedy):
+    said = error(script(name, settings, WORK=str(tmp_path)))
+    assert f"/{missing} is missing or empty: run examples/flores12/{remedy}" in said
+
+
+def test_texts_must_have_as_many_lines(settings, printed, tmp_path):
+    work = Path(settings["WORK"])
+    shutil.copytree(work / "flores101_dataset", tmp_path / "flores101_dataset")
+    with open(tmp_path / "flores101_dataset" / "devtest" / "jpn.devtest", "a") as file:
+        file.write("one line more\n")
+    model = str(work / "flores101_mm100_615M")
+    said = error(script("prepare.sh", settings, WORK=str(tmp_path), MODEL_DIR=model))
+    assert "ja has" in said and "9 test lines" in said and "translations of each other" in said
+    assert not list((tmp_path / "data").glob("*.done"))
+
+
+def test_an_unknown_language_is_named(settings, tmp_path):
+    said = error(script("download.sh", settings, WORK=str(tmp_path), TIERS="high=en,tlh"))
+    assert "'tlh' of TIERS" in said and "FLORES_CODES=tlh=code" in said

@@ -1,0 +1,239 @@
+"""The options: defaults, validation against a model, the table, the pruning schedule."""
+
+import re
+from argparse import Namespace
+
+import pytest
+
+from lslora_fairseq.config import LORA_FIELDS, LSLoConfig, PruningConfig, resolve
+from lslora_fairseq.errors import ConfigError
+from lslora_fairseq.lora.plan import MODULES
+from lslora_fairseq.pruning.schedule import Schedule
+
+D, FFN = 16, 64
+TIERS = "high=en,de;low=fr"
+
+
+def dims():
+    shapes = {"fc1": (D, FFN), "fc2": (FFN, D)}
+    return {s: {m: shapes.get(m, (D, D)) for m in MODULES[s]} for s in ("encoder", "decoder")}
+
+
+def resolved(encoder=4, decoder=2, **options):
+    """(config, plan) of a model with so many layers."""
+    config = LSLoConfig(**{"lora_tiers": TIERS, **options})
+    return config, resolve(config, {"encoder": encoder, "decoder": decoder}, dims())
+
+
+def test_fields_and_defaults():
+    config = LSLoConfig()
+    assert {name: getattr(config, name) for name in LORA_FIELDS} == {
+        "lora_tiers": None,
+        "lora_rank": "8",
+        "lora_alpha": None,
+        "lora_dropout": 0.0,
+        "encoder_target_modules": "self_attn.q_proj,self_attn.k_proj,self_attn.v_proj,fc1,fc2",
+        "decoder_target_modules": "self_attn.q_proj,self_attn.k_proj,self_attn.v_proj,"
+        "encoder_attn.q_proj,encoder_attn.k_proj,encoder_attn.v_proj,fc1,fc2",
+        "encoder_lora_layers": None,
+        "decoder_lora_layers": None,
+        "encoder_index_side": None,
+        "decoder_index_side": "target",
+        "lora_shape": "full",
+    }
+
+
+def test_defaults_of_a_12_layer_model_are_the_authors_9_and_3():
+    config, plan = resolved(encoder=12, decoder=12)
+    assert config.encoder_index_side == "source*9,target*3"
+    assert plan.sides == {
+        "encoder": ("source",) * 9 + ("target",) * 3,
+        "decoder": ("target",) * 12,
+    }
+    assert len(plan.sites) == 12 * 5 + 12 * 8
+    assert plan.ranks == plan.alphas == (8, 8, 8)
+    assert plan.dropout == 0.0
+    assert {s.side for s in plan.sites if s.stack == "encoder" and s.layer < 9} == {"source"}
+    assert {s.side for s in plan.sites if s.stack == "decoder" or s.layer >= 9} == {"target"}
+
+
+def test_the_config_is_left_in_a_form_that_needs_no_file(tmp_path):
+    path = tmp_path / "tiers.tsv"
+    path.write_text("\ufeff# code\ttier\nfr\tlow\nen\thigh\nde\thigh\n", encoding="utf-8")
+    config, plan = resolved(lora_tiers=str(path), lora_rank="high=2,low=4,de=1")
+    assert config.lora_tiers == "low=fr;high=de,en"
+    assert config.lora_rank == "high=2,low=4,de=1"
+    assert config.encoder_index_side == "source*3,target*1"
+    path.unlink()
+    assert resolve(config, {"encoder": 4, "decoder": 2}, dims()).ranks == plan.ranks == (1, 2, 4)
+
+
+def test_alphas_follow_tiers_and_languages():
+    _, plan = resolved(lora_rank="high=2,low=4", lora_alpha="high=1,low=0.5,en=3")
+    assert plan.languages.codes == ("de", "en", "fr")
+    assert plan.ranks == (2, 2, 4)
+    assert plan.alphas == (1.0, 3.0, 0.5)
+
+
+def test_sites_follow_layers_modules_sides_and_shape():
+    _, plan = resolved(
+        encoder_lora_layers="1,3",
+        encoder_target_modules="fc2",
+        encoder_index_side="source*2,target*2",
+        decoder_target_modules="none",
+        lora_shape="square",
+        lora_dropout=0.1,
+    )
+    assert [(s.name, s.side, s.in_features, s.out_features) for s in plan.sites] == [
+        ("encoder.layers.1.fc2", "source", D, D),
+        ("encoder.layers.3.fc2", "target", D, D),
+    ]
+    assert plan.dropout == 0.1
+    assert plan.needs("source") and plan.needs("target")
+
+
+def test_only_the_sides_of_adapted_layers_are_needed():
+    _, plan = resolved(encoder_lora_layers="0-2", decoder_target_modules="none")
+    assert plan.needs("source") and not plan.needs("target")
+    _, plan = resolved(encoder_target_modules="none")
+    assert plan.needs("target") and not plan.needs("source")
+    _, plan = resolved(encoder_index_side="source", decoder_index_side="source")
+    assert plan.needs("source") and not plan.needs("target")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"lora_tiers": None}, "--lora-tiers is missing: list the languages by tier, such as"),
+        ({"lora_tiers": ""}, "--lora-tiers is missing"),
+        ({"lora_shape": "round"}, "--lora-shape round must be full or square"),
+        ({"lora_dropout": 1.0}, "--lora-dropout 1.0 must lie in [0, 1)"),
+        ({"lora_dropout": -0.1}, "--lora-dropout -0.1 must lie in [0, 1)"),
+        ({"lora_dropout": float("nan")}, "--lora-dropout nan must lie in [0, 1)"),
+        ({"lora_rank": "high=2,low=4,ko=8"}, "--lora-rank: ko is neither a tier"),
+        ({"lora_rank": "high=2"}, "--lora-rank gives no value for fr"),
+        ({"lora_rank": "0"}, "--lora-rank: rank 0 of de must lie between 1 and 16"),
+        ({"lora_rank": "high=2,low=17"}, "--lora-rank: rank 17 of fr must lie between 1 and 16"),
+        ({"lora_alpha": "0"}, "--lora-alpha: 0.0 of de must be positive; without the option"),
+        ({"lora_alpha": "high=1,low=-2"}, "--lora-alpha: -2.0 of fr must be positive"),
+        ({"lora_alpha": "inf"}, "--lora-alpha: inf of de must be positive"),
+        ({"lora_alpha": "nan"}, "--lora-alpha: nan of de must be positive"),
+        ({"lora_alpha": "medium=1"}, "--lora-alpha: medium is neither a tier"),
+        (
+            {"encoder_index_side": "source*9,target*3"},
+            "--encoder-index-side=source*9,target*3 names a side for 12 layers, the model has 4",
+        ),
+        (
+            {"decoder_index_side": "target*3"},
+            "--decoder-index-side=target*3 names a side for 3 layers, the model has 2",
+        ),
+        ({"encoder_lora_layers": "4"}, "--encoder-lora-layers: 4 is not within the model's"),
+        ({"decoder_lora_layers": "0-2"}, "--decoder-lora-layers: 0-2 is not within the model's"),
+        (
+            {"encoder_target_modules": "encoder_attn.q_proj"},
+            "--encoder-target-modules: unknown module 'encoder_attn.q_proj'; valid: self_attn.q_",
+        ),
+        ({"decoder_target_modules": "fc3"}, "--decoder-target-modules: unknown module 'fc3'; va"),
+        (
+            {"encoder_target_modules": "none", "decoder_target_modules": "none"},
+            "no linear is left to adapt",
+        ),
+    ],
+)
+def test_a_bad_option_is_named_with_its_remedy(options, message):
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
+        resolved(**options)
+
+
+def test_the_square_shape_allows_ranks_up_to_d():
+    _, plan = resolved(lora_rank="16", lora_shape="square", encoder_target_modules="fc1")
+    assert plan.ranks == (16, 16, 16)
+
+
+def test_the_table_counts_by_tier_side_and_module():
+    _, plan = resolved(
+        lora_rank="high=2,low=4",
+        encoder_target_modules="fc1",
+        decoder_target_modules="self_attn.q_proj,fc1",
+    )
+    # 3 encoder layers of the source: 3 * 2 languages * rank 2 * (16 + 64) = 960
+    lines = plan.table(10_000).splitlines()
+    assert [line.split() for line in lines] == [
+        ["tier", "languages", "side", "module", "trainable", "of", "base"],
+        ["high", "source", "fc1", "960", "9.600%"],
+        ["high", "target", "fc1", "960", "9.600%"],
+        ["high", "target", "self_attn.q_proj", "256", "2.560%"],
+        ["high", "2", "all", "all", "2,176", "21.760%"],
+        ["low", "source", "fc1", "960", "9.600%"],
+        ["low", "target", "fc1", "960", "9.600%"],
+        ["low", "target", "self_attn.q_proj", "256", "2.560%"],
+        ["low", "1", "all", "all", "2,176", "21.760%"],
+        ["total", "3", "all", "all", "4,352", "43.520%"],
+    ]
+
+
+def pruning(**options):
+    names = ("final_sparsity", "begin", "duration", "unit", "scope", "target")
+    return PruningConfig(**{f"pruning_{n}": options[n] for n in names if n in options})
+
+
+def test_the_default_schedule():
+    assert pruning().validated() == Schedule(0.9, 2, 10, "epoch")
+    assert (PruningConfig().pruning_scope, PruningConfig().pruning_target) == ("language", "B")
+
+
+def test_a_schedule_of_ones_own():
+    config = pruning(
+        final_sparsity=0.5, begin=0, duration=1, unit="update", scope="layer", target="AB"
+    )
+    assert config.validated() == Schedule(0.5, 0, 1, "update")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"final_sparsity": 1.0}, "--pruning-final-sparsity 1.0 must lie in [0, 1): 0 prunes"),
+        ({"final_sparsity": -0.1}, "--pruning-final-sparsity -0.1 must lie in [0, 1)"),
+        ({"final_sparsity": float("nan")}, "--pruning-final-sparsity nan must lie in [0, 1)"),
+        ({"begin": -1}, "--pruning-begin -1 must not be negative"),
+        ({"duration": 0}, "--pruning-duration 0 must be at least 1"),
+        ({"unit": "batch"}, "--pruning-unit batch must be epoch or update"),
+        ({"scope": "model"}, "--pruning-scope model must be language or layer"),
+        ({"target": "A"}, "--pruning-target A must be B or AB"),
+    ],
+)
+def test_a_bad_schedule_names_its_option(options, message):
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
+        pruning(**options).validated()
+
+
+@pytest.mark.parametrize(
+    "options, max_epoch, max_update, ends",
+    [
+        ({}, 12, 0, None),  # epoch 12 is pruned to the end and trained
+        ({}, 11, 0, ("epoch 12", 11)),
+        ({}, 0, 0, None),  # no limit
+        ({}, 0, 5, None),  # no limit in epochs
+        ({}, 15, 5, None),
+        ({"final_sparsity": 0.0}, 1, 0, None),
+        ({"unit": "update", "begin": 10, "duration": 90}, 0, 101, None),
+        ({"unit": "update", "begin": 10, "duration": 90}, 0, 100, ("update 100", 99)),
+        ({"unit": "update", "begin": 10, "duration": 90}, 3, 0, None),
+    ],
+)
+def test_a_schedule_that_ends_after_the_run_is_warned_about(options, max_epoch, max_update, ends):
+    warning = pruning(**options).warning(max_epoch, max_update)
+    if ends is None:
+        assert warning is None
+    else:
+        assert warning == (
+            f"the pruning schedule ends at {ends[0]}, after the run's last ({ends[1]}): "
+            "--pruning-final-sparsity 0.9 is not reached; lower --pruning-begin or "
+            "--pruning-duration, or train longer"
+        )
+
+
+def test_configs_are_read_from_a_namespace_of_all_options():
+    args = Namespace(lora_tiers=TIERS, lora_rank="2", pruning_begin=7, lr=[0.1])
+    assert LSLoConfig.from_namespace(args).lora_rank == "2"
+    assert PruningConfig.from_namespace(args).validated() == Schedule(0.9, 7, 10)
