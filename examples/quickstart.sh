@@ -21,8 +21,9 @@ mkdir -p "$LOGS"
 
 BASE_PRODUCTS=(plone.app.locales==7.0.4 pretix==2026.8.0)
 FINETUNE_PRODUCTS=(django==5.2.19 wagtail==8.0.1)
-LANGUAGES=(de fr nl ja ko cy af) # from and into English
-LANGS=af,cy,de,en,fr,ja,ko,nl
+LANGUAGES=(de fr nl cs cy af) # from and into English
+LANGS=af,cs,cy,de,en,fr,nl
+BASE_UPDATES=1800
 JOBS="$(getconf _NPROCESSORS_ONLN)"
 
 fail() {
@@ -103,7 +104,7 @@ decode() {
     logged "$log.tmp" fairseq-generate "$WORK/data/$3" --cpu \
         --user-dir "$ROOT/lslora_fairseq" --task translation_multi_lslora --path "$2" \
         --source-lang "${4%-*}" --target-lang "${4#*-}" --gen-subset test --beam 4 \
-        --max-len-a 1.5 --max-len-b 8 --max-tokens 4000 --required-batch-size-multiple 1 \
+        --lenpen 1.5 --max-len-a 1.5 --max-len-b 8 --max-tokens 4000 --required-batch-size-multiple 1 \
         --num-workers 0 || return 255
     mv "$log.tmp" "$log"
     echo "decoded $1 $4"
@@ -128,7 +129,7 @@ began=$SECONDS
 source "$ROOT/scripts/environment.sh"
 [ -f "$LOGS/.install.seconds" ] || echo "$((SECONDS - began))" >"$LOGS/.install.seconds"
 # large tensors reuse their memory instead of asking the system for fresh pages each time
-export GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
+export GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
 pairs="$(directions | paste -sd, -)"
 
 step download "$WORK/packages" \
@@ -157,7 +158,7 @@ step train_base "$WORK/base" \
     --lr-scheduler polynomial_decay --lr 0.003 --warmup-updates 200 \
     --total-num-update "$BASE_UPDATES" --max-update "$BASE_UPDATES" \
     --criterion label_smoothed_cross_entropy --label-smoothing 0.1 --dropout 0.1 \
-    --max-tokens 2000 --required-batch-size-multiple 1 --num-workers 0 --seed 1 \
+    --max-tokens 1000 --required-batch-size-multiple 1 --num-workers 0 --seed 1 \
     --save-dir "$WORK/base" --no-epoch-checkpoints --log-format simple --log-interval 50
 
 # its adapters: frozen base, one LoRA for each language, pruned epoch by epoch
@@ -171,13 +172,13 @@ step finetune "$WORK/finetuned" \
     --decoder-layers 2 --decoder-embed-dim 192 --decoder-ffn-embed-dim 512 \
     --decoder-attention-heads 4 --decoder-normalize-before \
     --finetune-from-model "$WORK/base/checkpoint_last.pt" \
-    --lora-tiers "$WORK/corpus/tiers.tsv" --lora-rank 'high=4,medium=4,low=8' \
+    --lora-tiers "$WORK/corpus/tiers.tsv" --lora-rank 'high=8,medium=8,low=16' \
     --optimizer pruned_adam --adam-betas '(0.9, 0.98)' --clip-norm 1.0 \
     --pruning-final-sparsity 0.9 --pruning-begin 2 --pruning-duration 5 --pruning-scope language \
-    --lr-scheduler inverse_sqrt --lr 0.003 --warmup-updates 50 --max-epoch 8 \
+    --lr-scheduler inverse_sqrt --lr 0.003 --warmup-updates 50 --max-epoch 7 \
     --criterion label_smoothed_cross_entropy --label-smoothing 0.1 --dropout 0.1 \
-    --sampling-method temperature --sampling-temperature 2 \
-    --max-tokens 2000 --required-batch-size-multiple 1 --num-workers 0 --seed 1 \
+    --sampling-method temperature --sampling-temperature 1.5 \
+    --max-tokens 1500 --required-batch-size-multiple 1 --num-workers 0 --seed 1 \
     --save-dir "$WORK/finetuned" --no-epoch-checkpoints --log-format simple --log-interval 50
 
 step decode_base_own "$WORK/decoded/base_own" \
