@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lslora_fairseq.lora.routing import without_beams
+
 
 class AdapterFactor:
     """What an optimizer needs to know about one stacked factor.
@@ -38,67 +40,128 @@ class AdapterFactor:
 
 
 class _LSLo(torch.autograd.Function):
-    """Frozen linear plus the adapter of each sentence's language.
+    """Frozen linears that read the same input, and the adapters of each sentence's language.
 
-    Only x is kept for the backward pass; gathered factors and A x are computed again.
+    Of the adapters only the input is kept for the backward pass; A x is computed again.
     """
 
     @staticmethod
-    def forward(ctx, x, z, weight, bias, A, B, mask_A, mask_B, rows, scaling):
-        """x: (time, batch, in); z: the adapters' input if it differs from x (dropout), or None."""
-        ctx.save_for_backward(x, z, weight, A, B, mask_A, mask_B, rows, scaling)
-        y = _frozen_linear(x, weight, bias)
-        _, _, h = _project(x if z is None else z, A, rows, scaling)
-        delta = torch.bmm(h, F.embedding(rows, B))
-        y[..., : B.size(1)] += delta.transpose(0, 1)
-        return y
+    def forward(ctx, x, z, route, count, *tensors):
+        """
+        Args:
+            x: (batch, time, in), contiguous
+            z: the adapters' input where it differs from x (dropout), or None
+            route: the route of the sentences
+            count: number of linears
+            tensors: their weights, biases, A, B, masks of A and masks of B; A and what follows
+                are None for a linear without adapters
+
+        Returns:
+            (batch, time, out) of every linear
+        """
+        ctx.route, ctx.count = route, count
+        ctx.save_for_backward(x, z, *tensors)
+        weights, biases, As, Bs, _, _ = _kinds(tensors, count)
+        outs = [_frozen_linear(x, weight, bias) for weight, bias in zip(weights, biases)]
+        adapted = [i for i in range(count) if As[i] is not None]
+        z = x if z is None else z
+        for block in route:
+            _, _, h = _project(z, [As[i] for i in adapted], block)
+            for i, part in zip(adapted, h.chunk(len(adapted), -1)):
+                _add_product(_part(outs[i], Bs[i], block), part, F.embedding(block.rows, Bs[i]))
+        return tuple(outs)
 
     @staticmethod
-    def backward(ctx, dy):
-        x, z, weight, A, B, mask_A, mask_B, rows, scaling = ctx.saved_tensors
-        dy_b = dy[..., : B.size(1)].transpose(0, 1)
-        z_b, A_b, h = _project(x if z is None else z, A, rows, scaling)
-        dh = torch.bmm(dy_b, F.embedding(rows, B).transpose(1, 2)) * scaling.unsqueeze(1)
-        dA = dB = dx = dz = None
-        if ctx.needs_input_grad[4]:
-            dA = _scatter(torch.bmm(dh.transpose(1, 2), z_b), rows, A, mask_A)
-        if ctx.needs_input_grad[5]:
-            dB = _scatter(torch.bmm(h.transpose(1, 2), dy_b), rows, B, mask_B)
-        if ctx.needs_input_grad[0]:
-            dx = dy @ weight
-        if ctx.needs_input_grad[0 if z is None else 1]:
-            adapter_grad = torch.bmm(dh, A_b).transpose(0, 1)
-            if z is None:
-                dx[..., : A.size(1)] += adapter_grad
-            else:
-                dz = torch.zeros_like(z)
-                dz[..., : A.size(1)] = adapter_grad
-        return dx, dz, None, None, dA, dB, None, None, None, None
+    def backward(ctx, *dys):
+        x, z, *tensors = ctx.saved_tensors
+        weights, _, As, Bs, A_masks, B_masks = _kinds(tensors, ctx.count)
+        dys = [dy.contiguous() for dy in dys]
+        dx = _frozen_backward(dys, weights) if ctx.needs_input_grad[0] else None
+        dz = dx if z is None else torch.zeros_like(z)
+        z = x if z is None else z
+        adapted = [i for i in range(ctx.count) if As[i] is not None]
+        dAs = [None if A is None else torch.zeros_like(A) for A in As]
+        dBs = [None if B is None else torch.zeros_like(B) for B in Bs]
+        for block in ctx.route:
+            z_part, A, h = _project(z, [As[i] for i in adapted], block)
+            dhs = []
+            for i, part in zip(adapted, h.chunk(len(adapted), -1)):
+                dy = _part(dys[i], Bs[i], block)
+                dhs.append(dy @ F.embedding(block.rows, Bs[i]).mT)
+                _add_gradient(dBs[i], part, dy, B_masks[i], block)
+            dh = _scaled(torch.cat(dhs, -1), block)
+            for i, part in zip(adapted, dh.chunk(len(adapted), -1)):
+                _add_gradient(dAs[i], part, z_part, A_masks[i], block)
+            if dz is not None:
+                _add_product(_part(dz, As[adapted[0]], block), dh, A)
+        dz = None if dz is dx else dz
+        nothing = [None] * (2 * ctx.count)
+        return dx, dz, None, None, *nothing, *dAs, *dBs, *nothing
+
+
+def _kinds(tensors, count):
+    return [tensors[i : i + count] for i in range(0, len(tensors), count)]
 
 
 def _frozen_linear(x, weight, bias):
-    """``F.linear`` in one matrix product whatever the layout of x, and never a view (attention
-    scales its queries in place)."""
     y = x.new_empty(*x.shape[:-1], weight.size(0))
-    flat = y.view(-1, weight.size(0))
+    flat_x, flat_y = x.flatten(0, 1), y.flatten(0, 1)
     if bias is None:
-        torch.mm(x.reshape(-1, x.size(-1)), weight.t(), out=flat)
+        torch.mm(flat_x, weight.t(), out=flat_y)
     else:
-        torch.addmm(bias, x.reshape(-1, x.size(-1)), weight.t(), out=flat)
+        torch.addmm(bias, flat_x, weight.t(), out=flat_y)
     return y
 
 
-def _project(z, A, rows, scaling):
-    """z batch-first, A of each sentence, and h = scaling · A z of shape (batch, time, rank)."""
-    z = z[..., : A.size(1)].transpose(0, 1)
-    A = F.embedding(rows, A)
-    return z, A, torch.bmm(z, A.transpose(1, 2)) * scaling.unsqueeze(1)
+def _frozen_backward(dys, weights):
+    """Gradient of the shared input of several frozen linears."""
+    dx = dys[0] @ weights[0]
+    for dy, weight in zip(dys[1:], weights[1:]):
+        dx.flatten(0, 1).addmm_(dy.flatten(0, 1), weight)
+    return dx
 
 
-def _scatter(grad, rows, factor, mask):
-    """Sums per-sentence gradients into the stacked factor; a pruned entry gets none."""
-    total = torch.zeros_like(factor).index_add_(0, rows.flatten(), grad.flatten(0, 1))
-    return total.masked_fill_(~mask, 0)
+def _part(x, factor, block):
+    """The sentences of a block, and the features that a factor of the adapters sees."""
+    return x[block.start : block.stop, :, : factor.size(1)]
+
+
+def _project(z, As, block):
+    """A z of several linears side by side.
+
+    Returns:
+        z of the block's sentences; their A, (linears · columns, in), with a dimension of sentences
+        in front where each has rows of its own; scaling · A z, (sentences, time, linears · columns)
+    """
+    z = _part(z, As[0], block)
+    A = torch.cat([F.embedding(block.rows, A) for A in As], -2)
+    return z, A, _scaled(z @ A.mT, block)
+
+
+def _scaled(h, block):
+    """Multiplies (sentences, time, linears · columns) by the block's scaling, in place."""
+    columns = block.scaling.size(-1)
+    h.unflatten(-1, (-1, columns)).mul_(block.scaling.unsqueeze(2).to(h.dtype))
+    return h
+
+
+def _add_product(out, a, b):
+    """out += a b, in place; a is (sentences, time, k), b (k, n) or (sentences, k, n)."""
+    if b.dim() == 3:
+        out.baddbmm_(a, b)
+    else:
+        out.flatten(0, 1).addmm_(a.flatten(0, 1), b)
+
+
+def _add_gradient(total, a, b, mask, block):
+    """Adds aᵀ b, of each sentence or summed over a block, to the block's rows of a factor's
+    gradient; a pruned entry gets none."""
+    if block.rows.dim() == 2:
+        grad = a.mT @ b
+    else:
+        grad = a.flatten(0, 1).t() @ b.flatten(0, 1)
+    grad.masked_fill_(~mask[block.rows], 0)
+    total.index_add_(0, block.rows.flatten(), grad.flatten(0, -2))
 
 
 def _autocast_dtype(device_type):
@@ -143,25 +206,12 @@ class LSLoLinear(nn.Linear):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x):
-        """x: (time, batch, in) -> (time, batch, out).
+        """x: (time, batch, in) -> (time, batch, out); batch-first in memory.
 
         Raises:
             RuntimeError: the batch came without the languages of its sentences.
         """
-        route = self.slot.routes.get(self.site.side)
-        if route is None:
-            raise RuntimeError(
-                f"{self.site.name} needs the {self.site.side} language of each sentence: "
-                f"pass {self.site.side}_lang_ids to the model"
-            )
-        route = route.reduced_to(x.size(1))
-        z = F.dropout(x, self.dropout) if self.training and self.dropout else None
-        tensors = (x, z, self.weight, self.bias, self.lora_A, self.lora_B)
-        dtype = _autocast_dtype(x.device.type)
-        if dtype is not None:
-            tensors = tuple(None if t is None else t.to(dtype) for t in tensors)
-        masks = (self.lora_A_mask, self.lora_B_mask)
-        return _LSLo.apply(*tensors, *masks, route.rows, route.scaling.to(tensors[0].dtype))
+        return apply_linears(x.transpose(0, 1), (self,))[0].transpose(0, 1)
 
     def delta_weight(self, language):
         """ΔW of one language (its index): (out, in), zero outside the adapted part."""
@@ -179,3 +229,39 @@ class LSLoLinear(nn.Linear):
             f"{super().extra_repr()}, side={self.site.side}, languages={len(ranks)}, "
             f"ranks={min(ranks)}-{max(ranks)}"
         )
+
+
+def apply_linears(x, linears):
+    """Applies linears that read the same input, each with its adapters if it has any.
+
+    Args:
+        x: (batch, time, in)
+        linears: frozen ``nn.Linear``, of which those with adapters belong to the same layer
+
+    Returns:
+        (batch, time, out) of each, contiguous
+
+    Raises:
+        RuntimeError: the batch came without the languages of its sentences.
+    """
+    adapted = [linear for linear in linears if isinstance(linear, LSLoLinear)]
+    if not adapted:
+        return [linear(x) for linear in linears]
+    first = adapted[0]
+    route = first.slot.routes.get(first.site.side)
+    if route is None:
+        raise RuntimeError(
+            f"{first.site.name} needs the {first.site.side} language of each sentence: "
+            f"pass {first.site.side}_lang_ids to the model"
+        )
+    x = x.contiguous()
+    z = F.dropout(x, first.dropout) if first.training and first.dropout else None
+    names = ("weight", "bias", "lora_A", "lora_B")
+    tensors = [x, z, *(getattr(linear, name, None) for name in names for linear in linears)]
+    dtype = _autocast_dtype(x.device.type)
+    if dtype is not None:
+        tensors = [None if t is None else t.to(dtype) for t in tensors]
+    masks = [getattr(lin, f"lora_{f}_mask", None) for f in "AB" for lin in linears]
+    x, z, *tensors = tensors
+    route = without_beams(route, x.size(0))
+    return _LSLo.apply(x, z, route, len(linears), *tensors, *masks)

@@ -16,12 +16,7 @@ from fairseq.models.transformer import (
     TransformerEncoderBase,
     TransformerModel,
 )
-from fairseq.modules import MultiheadAttention
 from fairseq.modules.checkpoint_activations import checkpoint_wrapper
-from fairseq.modules.transformer_layer import (
-    TransformerDecoderLayerBase,
-    TransformerEncoderLayerBase,
-)
 from fairseq.tasks import FairseqTask
 
 from lslora_fairseq.config import LORA_FIELDS, LSLoConfig, resolve
@@ -29,6 +24,11 @@ from lslora_fairseq.errors import ConfigError, one_line_errors
 from lslora_fairseq.lora.linear import LSLoLinear
 from lslora_fairseq.lora.plan import MODULES, SIDES
 from lslora_fairseq.lora.routing import AdapterLayout, RouteSlot
+from lslora_fairseq.models.layers import (
+    LSLoTransformerDecoderLayer,
+    LSLoTransformerEncoderLayer,
+    keep_batch_first,
+)
 from lslora_fairseq.models.loading import check_keys, is_adapter_key, match_rows, take_rows
 
 logger = logging.getLogger(__name__)
@@ -36,55 +36,56 @@ logger = logging.getLogger(__name__)
 LANG_IDS = tuple(f"{side}_lang_ids" for side in SIDES)
 
 
-class _RoutedLayer:
-    """A transformer layer that receives its batch's routes as an argument.
+class _RoutedStack:
+    """An encoder or decoder that turns language ids into routes once per batch.
 
-    The stack's loop calls its layers without them, so ``__call__`` adds them; from there on they
-    are an argument like any other.
+    A full pass runs on sentences sorted by the side that indexes most of the stack's sites; what
+    goes in and out keeps the caller's order.
     """
 
-    can_use_fastpath = False  # fairseq 0.12.2's fused eval path reads the raw weights
+    def attach(self, layout, sites):
+        """Shares the model's stacking of languages and one route slot with all layers.
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.slot = RouteSlot()
-        self.stack_slot = None
-        for module in self.children():
-            if isinstance(module, MultiheadAttention):
-                # the functional path reads the weights and never calls the projections
-                module.skip_embed_dim_check = True
-
-    def __call__(self, *args, **kwargs):
-        return super().__call__(*args, routes=self.stack_slot.routes, **kwargs)
-
-    def forward(self, *args, routes, **kwargs):
-        self.slot.routes = routes
-        return super().forward(*args, **kwargs)
-
-
-class LSLoTransformerEncoderLayer(_RoutedLayer, TransformerEncoderLayerBase):
-    pass
-
-
-class LSLoTransformerDecoderLayer(_RoutedLayer, TransformerDecoderLayerBase):
-    pass
-
-
-class _RoutedStack:
-    """An encoder or decoder that turns language ids into routes once per batch."""
-
-    def attach(self, layout):
-        """Shares the model's stacking of languages and one route slot with all layers."""
+        Args:
+            layout: the model's :class:`AdapterLayout`
+            sites: the sites of this stack
+        """
         self.__dict__["layout"] = layout  # the model owns it, as a submodule
+        sides = [site.side for site in sites]
+        self.sorted_side = max(SIDES, key=sides.count)
         self.slot = RouteSlot()
         for layer in self.layers:
             layer.stack_slot = self.slot
+        if self.layer_norm is not None:
+            keep_batch_first(self.layer_norm)
+
+    def order(self, ids):
+        """The permutation that sorts a batch, and its inverse; None where nothing is to sort.
+
+        Args:
+            ids: side -> (batch,) language indices or None
+        """
+        lang_ids = ids[self.sorted_side]
+        if lang_ids is None:
+            return None
+        order = lang_ids.argsort(stable=True)
+        return order, order.argsort()
 
     @contextmanager
-    def routed(self, source_lang_ids, target_lang_ids):
-        """Layers called inside find the routes of these sentences; ids are (batch,) or None."""
-        ids = dict(zip(SIDES, (source_lang_ids, target_lang_ids)))
-        self.slot.routes = {side: self.layout.route(ids[side]) for side in SIDES}
+    def routed(self, ids, is_sorted):
+        """Layers called inside find the routes of these sentences.
+
+        Args:
+            ids: side -> (batch,) language indices or None
+            is_sorted: the sentences are sorted by :meth:`order`
+        """
+        self.slot.routes = {
+            side: self.layout.sorted(lang_ids)
+            if is_sorted and side == self.sorted_side
+            else self.layout.gathered(lang_ids)
+            for side, lang_ids in ids.items()
+            if lang_ids is not None
+        }
         try:
             yield
         finally:
@@ -123,10 +124,23 @@ class LSLoTransformerEncoder(_RoutedStack, TransformerEncoderBase):
         Returns:
             fairseq's encoder_out with the ids beside it, each in a list (empty for None)
         """
-        with self.routed(source_lang_ids, target_lang_ids):
+        ids = dict(zip(SIDES, (source_lang_ids, target_lang_ids)))
+        order = self.order(ids)
+        if order is None:
             out = super().forward(src_tokens, src_lengths, return_all_hiddens, token_embeddings)
-        for key, ids in zip(LANG_IDS, (source_lang_ids, target_lang_ids)):
-            out[key] = [] if ids is None else [ids]
+        else:
+            there, back = order
+            args = [None if t is None else t[there] for t in (src_tokens, src_lengths)]
+            if token_embeddings is not None:
+                token_embeddings = token_embeddings[there]
+            with self.routed(_reorder_ids(ids, there), is_sorted=True):
+                out = super().forward(*args, return_all_hiddens, token_embeddings)
+            for key in ("encoder_padding_mask", "encoder_embedding", "src_lengths"):
+                out[key] = [t.index_select(0, back) for t in out[key]]
+            for key in ("encoder_out", "encoder_states"):
+                out[key] = [_reorder(x, back) for x in out[key]]
+        for key, side in zip(LANG_IDS, SIDES):
+            out[key] = [] if ids[side] is None else [ids[side]]
         return out
 
     def reorder_encoder_out(self, encoder_out, new_order):
@@ -140,10 +154,41 @@ class LSLoTransformerDecoder(_RoutedStack, TransformerDecoderBase):
     def build_decoder_layer(self, cfg, no_encoder_attn=False):
         return _maybe_checkpointed(LSLoTransformerDecoderLayer(cfg, no_encoder_attn), cfg)
 
-    def extract_features(self, prev_output_tokens, encoder_out, *args, **kwargs):
-        ids = (encoder_out[key][0] if encoder_out[key] else None for key in LANG_IDS)
-        with self.routed(*ids):
-            return super().extract_features(prev_output_tokens, encoder_out, *args, **kwargs)
+    def extract_features(
+        self, prev_output_tokens, encoder_out, incremental_state=None, *args, **kwargs
+    ):
+        """As fairseq's, but without the ``inner_states``."""
+        ids = {
+            side: encoder_out[key][0] if encoder_out[key] else None
+            for key, side in zip(LANG_IDS, SIDES)
+        }
+        order = None if incremental_state is not None else self.order(ids)
+        if order is None:
+            with self.routed(ids, is_sorted=False):
+                return super().extract_features(
+                    prev_output_tokens, encoder_out, incremental_state, *args, **kwargs
+                )
+        there, back = order
+        encoder_out = {
+            **encoder_out,
+            "encoder_out": [_reorder(x, there) for x in encoder_out["encoder_out"]],
+            "encoder_padding_mask": [t[there] for t in encoder_out["encoder_padding_mask"]],
+        }
+        with self.routed(_reorder_ids(ids, there), is_sorted=True):
+            features, extra = super().extract_features(
+                prev_output_tokens[there], encoder_out, None, *args, **kwargs
+            )
+        attention = [None if a is None else a[back] for a in extra["attn"]]
+        return features.index_select(0, back), {"attn": attention, "inner_states": []}
+
+
+def _reorder(x, order):
+    """Sentences of (time, batch, channel) in another order, batch-first in memory."""
+    return x.transpose(0, 1).index_select(0, order).transpose(0, 1)
+
+
+def _reorder_ids(ids, order):
+    return {side: None if t is None else t[order] for side, t in ids.items()}
 
 
 def _differentiable(x, cfg):
@@ -216,8 +261,8 @@ class LSLoTransformerModel(TransformerModel):
         base_parameters = sum(p.numel() for p in self.parameters())
         layout = AdapterLayout(self.plan.ranks, self.plan.alphas)
         self.adapter_layout = layout
-        for stack in stacks.values():
-            stack.attach(layout)
+        for name, stack in stacks.items():
+            stack.attach(layout, [s for s in self.plan.sites if s.stack == name])
         for site in self.plan.sites:
             layer = stacks[site.stack].layers[site.layer]
             parent_name, _, name = site.module.rpartition(".")
@@ -241,7 +286,7 @@ class LSLoTransformerModel(TransformerModel):
         src_tokens,
         src_lengths,
         prev_output_tokens,
-        return_all_hiddens=True,
+        return_all_hiddens=False,
         features_only=False,
         alignment_layer=None,
         alignment_heads=None,

@@ -4,11 +4,26 @@ import pytest
 import torch
 from torch import nn
 
-from lslora_fairseq.lora.linear import AdapterFactor, LSLoLinear
+from lslora_fairseq.lora import routing
+from lslora_fairseq.lora.linear import AdapterFactor, LSLoLinear, apply_linears
 from lslora_fairseq.lora.plan import Site
 from lslora_fairseq.lora.routing import AdapterLayout, RouteSlot
 
 RANKS = (1, 3, 2)
+UNSORTED = [2, 0, 1, 0, 2]
+SORTED = [0, 0, 1, 2, 2]
+
+
+@pytest.fixture(params=[16, 3, 1], ids=lambda columns: f"blocks of {columns}", autouse=True)
+def block_rank(request, monkeypatch):
+    """The languages of a sorted batch in one block, in two, and each in its own."""
+    monkeypatch.setattr(routing, "BLOCK_RANK", request.param)
+
+
+def route(layout, ids):
+    """In both formulations: shared blocks where the sentences are sorted, else gathered rows."""
+    lang_ids = torch.tensor(ids)
+    return layout.sorted(lang_ids) if ids == sorted(ids) else layout.gathered(lang_ids)
 
 
 def make(ids, n_in=6, n_out=5, site_in=None, site_out=None, alphas=RANKS, bias=True, **kwargs):
@@ -16,7 +31,7 @@ def make(ids, n_in=6, n_out=5, site_in=None, site_out=None, alphas=RANKS, bias=T
     site = Site("encoder", 0, "fc1", "source", site_in or n_in, site_out or n_out)
     layout = AdapterLayout(RANKS, alphas)
     slot = RouteSlot()
-    slot.routes = {"source": layout.route(torch.tensor(ids))}
+    slot.routes = {"source": route(layout, ids)}
     linear = LSLoLinear(nn.Linear(n_in, n_out, bias=bias), site, layout, slot, **kwargs)
     with torch.no_grad():
         linear.lora_B.normal_()
@@ -30,7 +45,7 @@ def by_formula(linear, x, ids):
     return y + torch.stack(adapted, 1)
 
 
-@pytest.mark.parametrize("ids", [[0], [1, 1], [2, 0, 1, 0, 2]])
+@pytest.mark.parametrize("ids", [[0], [1, 1], UNSORTED, SORTED])
 @pytest.mark.parametrize("alphas", [RANKS, (4.0, 1.0, 0.5)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_output_is_the_formula(ids, alphas, bias):
@@ -73,12 +88,12 @@ def test_fresh_adapter_is_zero_and_a_is_kaiming():
     assert torch.equal(fresh(x), nn.functional.linear(x, fresh.weight, fresh.bias))
 
 
+@pytest.mark.parametrize("ids", [[2, 0, 1, 2], [0, 1, 2, 2]])
 @pytest.mark.parametrize("site_in, site_out", [(None, None), (3, 3)])
-def test_gradcheck(site_in, site_out):
-    ids = [2, 0, 1, 2]
+def test_gradcheck(ids, site_in, site_out):
     linear = make(ids, site_in=site_in, site_out=site_out, alphas=(2.0, 1.0, 5.0)).double()
     linear.layout.double()
-    linear.slot.routes = {"source": linear.layout.route(torch.tensor(ids))}
+    linear.slot.routes = {"source": route(linear.layout, ids)}
     x = torch.randn(3, 4, 6, dtype=torch.double, requires_grad=True)
 
     def function(x, A, B):
@@ -88,17 +103,19 @@ def test_gradcheck(site_in, site_out):
     assert torch.autograd.gradcheck(function, (x, *factors))
 
 
-def test_gradients_reach_only_the_languages_present():
-    linear = make([0, 2])
-    linear(torch.randn(3, 2, 6)).square().sum().backward()
+@pytest.mark.parametrize("count", [2, 4])
+def test_gradients_reach_only_the_languages_present(count):
+    linear = make([0, 2, 2, 0][:count])
+    linear(torch.randn(3, count, 6)).square().sum().backward()
     for factor in (linear.lora_A, linear.lora_B):
         touched = factor.grad.ne(0).any(1)
         assert touched.tolist() == [True, False, False, False, True, True]
     assert linear.weight.grad is None and linear.bias.grad is None
 
 
-def test_a_pruned_entry_gets_no_gradient():
-    linear = make([0, 1, 2])
+@pytest.mark.parametrize("ids", [[0, 1, 2], [2, 1, 0]])
+def test_a_pruned_entry_gets_no_gradient(ids):
+    linear = make(ids)
     linear.lora_B_mask[2, 3] = False
     linear.lora_A_mask[0, 1] = False
     linear(torch.randn(3, 3, 6)).square().sum().backward()
@@ -114,7 +131,7 @@ def test_dropout_acts_on_the_adapters_alone_and_in_training_alone():
     torch.manual_seed(1)
     dropped = linear(x)
     torch.manual_seed(1)
-    z = nn.functional.dropout(x, 0.5)
+    z = nn.functional.dropout(x.transpose(0, 1).contiguous(), 0.5).transpose(0, 1)
     expected = (
         base + by_formula(linear, z, [0, 1]) - nn.functional.linear(z, linear.weight, linear.bias)
     )
@@ -128,7 +145,7 @@ def test_dropout_acts_on_the_adapters_alone_and_in_training_alone():
 
 def test_beams_of_a_sentence_share_its_route():
     """Cross-attention projects each sentence once while the routes count its beams."""
-    linear = make([1, 1, 1, 0, 0, 0])
+    linear = make([1, 1, 1, 0, 0, 0])  # not sorted
     x = torch.randn(4, 2, 6)
     torch.testing.assert_close(linear(x), by_formula(linear, x, [1, 0]), atol=1e-5, rtol=1e-5)
 
@@ -149,6 +166,37 @@ def test_autocast_computes_in_half_and_keeps_fp32_gradients(dtype):
     # bf16 keeps 8 bits of the mantissa
     torch.testing.assert_close(y.float(), expected, atol=0.05, rtol=0.05)
     torch.testing.assert_close(linear.lora_B.grad, exact, atol=0.1, rtol=0.05)
+
+
+@pytest.mark.parametrize("ids", [UNSORTED, SORTED])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_linears_of_one_input_together_equal_each_alone(ids, dropout):
+    """q, k and v, of which one has no adapters and all outputs differ in size."""
+    first = make(ids, n_out=5, dropout=dropout)
+    third = make(ids, n_out=7, dropout=dropout)
+    third.slot = first.slot
+    linears = (first, nn.Linear(6, 4).requires_grad_(False), third)
+    x = torch.randn(len(ids), 4, 6, requires_grad=True)
+    adapters = [f for lin in (first, third) for f in (lin.lora_A, lin.lora_B)]
+    torch.manual_seed(5)
+    together = apply_linears(x, linears)
+    alone = []
+    for linear in linears:
+        torch.manual_seed(5)  # they share the dropped entries
+        alone += apply_linears(x, (linear,))
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+    grads = [
+        torch.autograd.grad(sum(out.square().sum() for out in outs), (x, *adapters))
+        for outs in (together, alone)
+    ]
+    torch.testing.assert_close(*grads, atol=1e-4, rtol=1e-4)
+
+
+def test_outputs_are_contiguous_batch_first():
+    """Whatever the layout of x; the frozen matrices then see rows side by side."""
+    linear = make(SORTED)
+    for x in (torch.randn(4, 5, 6), torch.randn(5, 4, 6).transpose(0, 1)):
+        assert linear(x).transpose(0, 1).is_contiguous()
 
 
 def test_missing_languages_are_an_error():

@@ -1,0 +1,120 @@
+"""Transformer layers that receive the routes of their batch, and keep it batch-first in memory.
+
+fairseq's layers see tensors as (time, batch, channel). Here these are views of batch-first
+memory, in which the sentences of neighbouring languages are neighbouring rows, as the adapters
+need them; element-wise operations keep that layout, and attention and layer norms are taught to.
+"""
+
+import torch.nn.functional as F
+from fairseq.modules import MultiheadAttention
+from fairseq.modules.transformer_layer import (
+    TransformerDecoderLayerBase,
+    TransformerEncoderLayerBase,
+)
+from torch import nn
+
+from lslora_fairseq.lora.linear import apply_linears
+from lslora_fairseq.lora.routing import RouteSlot
+
+
+class BatchFirstLayerNorm(nn.LayerNorm):
+    """A layer norm of (time, batch, channel) that leaves batch-first memory batch-first."""
+
+    def forward(self, x):
+        return super().forward(x.transpose(0, 1)).transpose(0, 1)
+
+
+class LSLoAttention(MultiheadAttention):
+    """fairseq's attention, with its projections called as modules.
+
+    Stock attention hands their weights to a function in training, past any adapter. Full
+    sequences go through ``scaled_dot_product_attention`` here; decoding step by step, and where
+    attention weights are wanted, through fairseq's own path.
+    """
+
+    skip_embed_dim_check = True  # fairseq's own path then calls the projections
+
+    def forward(
+        self,
+        query,
+        key,
+        value,
+        key_padding_mask=None,
+        incremental_state=None,
+        need_weights=True,
+        attn_mask=None,
+        need_head_weights=False,
+        **kwargs,
+    ):
+        """As fairseq's: (time, batch, channel) -> (time, batch, channel), weights or None."""
+        if incremental_state is not None or need_weights or need_head_weights:
+            return super().forward(
+                query,
+                key,
+                value,
+                key_padding_mask=key_padding_mask,
+                incremental_state=incremental_state,
+                need_weights=need_weights,
+                attn_mask=attn_mask,
+                need_head_weights=need_head_weights,
+                **kwargs,
+            )
+        query = query.transpose(0, 1)
+        if self.self_attention:
+            q, k, v = apply_linears(query, (self.q_proj, self.k_proj, self.v_proj))
+        else:
+            (q,) = apply_linears(query, (self.q_proj,))
+            k, v = apply_linears(key.transpose(0, 1), (self.k_proj, self.v_proj))
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+        if key_padding_mask is not None:
+            padding = q.new_zeros(key_padding_mask.shape).masked_fill_(
+                key_padding_mask.bool(), float("-inf")
+            )
+            padding = padding[:, None, None]
+            attn_mask = padding if attn_mask is None else padding + attn_mask
+        dropout = self.dropout_module
+        p = dropout.p if dropout.training or dropout.apply_during_inference else 0.0
+        heads = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=p)
+        (out,) = apply_linears(heads.transpose(1, 2).flatten(2), (self.out_proj,))
+        return out.transpose(0, 1), None
+
+
+def keep_batch_first(module):
+    """Teaches a module of fairseq's the layout; parameters and their names stay as they are."""
+    for child in module.modules():
+        if type(child) is MultiheadAttention:
+            child.__class__ = LSLoAttention
+            child.skip_embed_dim_check = True
+        elif type(child) is nn.LayerNorm:
+            child.__class__ = BatchFirstLayerNorm
+
+
+class _RoutedLayer:
+    """A transformer layer that receives its batch's routes as an argument.
+
+    The stack's loop calls its layers without them, so ``__call__`` adds them; from there on they
+    are an argument like any other.
+    """
+
+    can_use_fastpath = False  # fairseq 0.12.2's fused eval path reads the raw weights
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.slot = RouteSlot()
+        self.stack_slot = None
+        keep_batch_first(self)
+
+    def __call__(self, *args, **kwargs):
+        return super().__call__(*args, routes=self.stack_slot.routes, **kwargs)
+
+    def forward(self, *args, routes, **kwargs):
+        self.slot.routes = routes
+        return super().forward(*args, **kwargs)
+
+
+class LSLoTransformerEncoderLayer(_RoutedLayer, TransformerEncoderLayerBase):
+    pass
+
+
+class LSLoTransformerDecoderLayer(_RoutedLayer, TransformerDecoderLayerBase):
+    pass
