@@ -54,17 +54,17 @@ DECODE_JOBS="${DECODE_JOBS:-1}"               # fairseq-generate: each loads the
 
 LANGUAGES="$(tr ';' '\n' <<<"$TIERS" | cut -d= -f2 | tr ',\n' '  ')"
 
-# The model's code of every language of FLORES-101, and the one that FLORES names its files by. Pairs
-# in the environment come first: FLORES_CODES=zh=zho_trad
+# The model's code of every language of FLORES-101, and the one that FLORES names its files by.
+# Pairs in the environment come first: FLORES_CODES=zh=zho_trad
 FLORES_CODES="${FLORES_CODES:-}
     af=afr am=amh ar=ara as=asm ast=ast az=azj be=bel bg=bul bn=ben bs=bos ca=cat ceb=ceb cs=ces
-    cy=cym da=dan de=deu el=ell en=eng es=spa et=est fa=fas ff=ful fi=fin fr=fra ga=gle gl=glg gu=guj
-    ha=hau he=heb hi=hin hr=hrv hu=hun hy=hye id=ind ig=ibo is=isl it=ita ja=jpn jv=jav ka=kat kam=kam
-    kea=kea kk=kaz km=khm kn=kan ko=kor ku=ckb ky=kir lb=ltz lg=lug ln=lin lo=lao lt=lit luo=luo
-    lv=lav mi=mri mk=mkd ml=mal mn=mon mr=mar ms=msa mt=mlt my=mya ne=npi nl=nld no=nob ns=nso ny=nya
-    oc=oci om=orm or=ory pa=pan pl=pol ps=pus pt=por ro=ron ru=rus sd=snd sk=slk sl=slv sn=sna so=som
-    sr=srp sv=swe sw=swh ta=tam te=tel tg=tgk th=tha tl=tgl tr=tur uk=ukr umb=umb ur=urd uz=uzb vi=vie
-    wo=wol xh=xho yo=yor zh=zho_simpl zu=zul"
+    cy=cym da=dan de=deu el=ell en=eng es=spa et=est fa=fas ff=ful fi=fin fr=fra ga=gle gl=glg
+    gu=guj ha=hau he=heb hi=hin hr=hrv hu=hun hy=hye id=ind ig=ibo is=isl it=ita ja=jpn jv=jav
+    ka=kat kam=kam kea=kea kk=kaz km=khm kn=kan ko=kor ku=ckb ky=kir lb=ltz lg=lug ln=lin lo=lao
+    lt=lit luo=luo lv=lav mi=mri mk=mkd ml=mal mn=mon mr=mar ms=msa mt=mlt my=mya ne=npi nl=nld
+    no=nob ns=nso ny=nya oc=oci om=orm or=ory pa=pan pl=pol ps=pus pt=por ro=ron ru=rus sd=snd
+    sk=slk sl=slv sn=sna so=som sr=srp sv=swe sw=swh ta=tam te=tel tg=tgk th=tha tl=tgl tr=tur
+    uk=ukr umb=umb ur=urd uz=uzb vi=vie wo=wol xh=xho yo=yor zh=zho_simpl zu=zul"
 
 flores_code() {
     local entry
@@ -74,7 +74,8 @@ flores_code() {
             return
         fi
     done
-    fail "no FLORES-101 files known for '$1' of TIERS: leave it out, or name them: FLORES_CODES=$1=code"
+    fail "no FLORES-101 files known for '$1' of TIERS: leave it out, or name them:" \
+        "FLORES_CODES=$1=code"
 }
 
 # All directions, one a line.
@@ -105,7 +106,8 @@ need_data() {
 # archive lists those in language_pairs.txt. All of them are needed, whichever are fine-tuned.
 model_languages() {
     local list="$MODEL_DIR/language_pairs.txt" language found
-    need "$list" "run examples/flores12/download.sh, or name the base model's languages in its order: MODEL_LANGUAGES=af,am,..."
+    need "$list" "run examples/flores12/download.sh, or name the base model's languages in its" \
+        "order: MODEL_LANGUAGES=af,am,..."
     found="$(tr -cs 'A-Za-z0-9_' '\n' <"$list" | sed '/^$/d' | LC_ALL=C sort -u | paste -sd, -)"
     for language in $LANGUAGES; do
         case ",$found," in
@@ -144,9 +146,9 @@ fail() {
     exit 1
 }
 
-# need FILE REMEDY
+# need FILE REMEDY...
 need() {
-    [ -s "$1" ] || fail "$1 is missing or empty: $2"
+    [ -s "$1" ] || fail "$1 is missing or empty: ${*:2}"
 }
 
 # Uses the fairseq on PATH; where there is none, that of the clone's .venv, made if need be.

@@ -22,14 +22,16 @@ fetch() {
     fi
     if [ ! -f "$archive" ]; then
         curl -fL -C - -o "$archive.part" "$url" ||
-            fail "cannot download $url: run this again to go on where it stopped, or delete $archive.part to start over"
+            fail "cannot download $url: run this again to go on where it stopped, or delete" \
+                "$archive.part to start over"
         mv "$archive.part" "$archive"
     fi
     echo "unpacking $archive"
     rm -rf "$folder.part"
     mkdir -p "$folder.part"
     error="$(tar -xzf "$archive" -C "$folder.part" 2>&1)" ||
-        fail "cannot unpack $archive (${error//$'\n'/ }): free some space, or delete it if it is damaged, and run this again"
+        fail "cannot unpack $archive (${error//$'\n'/ }): free some space, or delete it if it is" \
+            "damaged, and run this again"
     for file in "$@"; do
         [ -s "$(echo "$folder.part"/*/"$file")" ] ||
             fail "$archive does not hold $file: delete it and run this again"

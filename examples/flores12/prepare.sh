@@ -8,7 +8,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/config.sh"
 
 settings="VALID_LINES=$VALID_LINES"
 if [ -f "$DATA/settings" ] && [ "$(cat "$DATA/settings")" != "$settings" ]; then
-    fail "$DATA was made with $(cat "$DATA/settings"): delete $TEXT and $DATA, or choose another WORK"
+    fail "$DATA was made with $(cat "$DATA/settings"): delete it, or choose another WORK"
 fi
 todo=()
 for pair in $(pairs); do

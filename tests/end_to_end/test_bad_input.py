@@ -58,17 +58,6 @@ TRAINING = {
         lambda args: with_option(args, "--lora-tiers", "high=en,de;low=fr"),
         ["no adapter for ja of the data", "add it to --lora-tiers"],
     ),
-    "an unknown target module": (
-        lambda args: [*args, "--encoder-target-modules", "q_proj,fc1"],
-        [
-            "--encoder-target-modules: unknown module 'q_proj'",
-            "valid: self_attn.q_proj, self_attn.k_proj, self_attn.v_proj, self_attn.out_proj, fc1",
-        ],
-    ),
-    "fp16 in one flat tensor": (
-        lambda args: [*args, "--fp16"],
-        ["--fp16 melts them into one tensor", "add --fp16-no-flatten-grads$"],
-    ),
     "an optimizer of adapters for a model without": (
         lambda args: without(
             without(with_option(args, "--arch", "transformer"), "--lora-tiers"), "--lora-rank"
@@ -196,11 +185,6 @@ DECODING = {
         "fairseq-generate",
         lambda args: with_option(args, "-t", "ko"),
         [r"en-ko: ko is absent from --langs \(de,en,fr,ja\): choose one of these"],
-    ),
-    "no SentencePiece model": (
-        "fairseq-interactive",
-        lambda args: [*args, "--bpe", "sentencepiece", "--sentencepiece-model", "/none.model"],
-        ["--sentencepiece-model /none.model: no such file: name the model that made the training"],
     ),
     "a file that is no SentencePiece model": (
         "fairseq-interactive",
