@@ -172,11 +172,11 @@ step finetune "$WORK/finetuned" \
     --decoder-layers 2 --decoder-embed-dim 192 --decoder-ffn-embed-dim 512 \
     --decoder-attention-heads 4 --decoder-normalize-before \
     --finetune-from-model "$WORK/base/checkpoint_last.pt" \
-    --lora-tiers "$WORK/corpus/tiers.tsv" --lora-rank 'high=8,medium=8,low=16' \
+    --lora-tiers "$WORK/corpus/tiers.tsv" --lora-rank 'high=2,medium=2,low=8' \
     --optimizer pruned_adam --adam-betas '(0.9, 0.98)' --clip-norm 1.0 \
-    --pruning-final-sparsity 0.9 --pruning-begin 2 --pruning-duration 5 --pruning-scope language \
-    --lr-scheduler inverse_sqrt --lr 0.003 --warmup-updates 50 --max-epoch 7 \
-    --criterion label_smoothed_cross_entropy --label-smoothing 0.1 --dropout 0.1 \
+    --pruning-final-sparsity 0.9 --pruning-begin 2 --pruning-duration 4 --pruning-scope language \
+    --lr-scheduler inverse_sqrt --lr 0.01 --warmup-updates 50 --max-epoch 6 \
+    --criterion label_smoothed_cross_entropy --label-smoothing 0.1 --dropout 0 \
     --sampling-method temperature --sampling-temperature 1.5 \
     --max-tokens 1500 --required-batch-size-multiple 1 --num-workers 0 --seed 1 \
     --save-dir "$WORK/finetuned" --no-epoch-checkpoints --log-format simple --log-interval 50
