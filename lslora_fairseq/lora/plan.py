@@ -91,10 +91,10 @@ def default_encoder_sides(layers):
 def parse_target_modules(text, stack, option):
     """``'self_attn.q_proj,fc1'`` -> module names of that stack, in the stack's own order."""
     names = [name.strip() for name in str(text).split(",") if name.strip()]
-    for name in names:
+    for name in names or [""]:
         if name not in MODULES[stack]:
             raise ConfigError(
-                f"{option}: unknown module {name!r}; valid: {', '.join(MODULES[stack])}"
+                f"{option}: unknown module {name!r}; valid: {', '.join(MODULES[stack])}, or none"
             )
     return tuple(name for name in MODULES[stack] if name in names)
 

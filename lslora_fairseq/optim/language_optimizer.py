@@ -217,7 +217,7 @@ class LanguageOptimizer(torch.optim.Optimizer):
         if saved is None:
             raise ConfigError(
                 "the checkpoint's optimizer state is not that of a pruned_* optimizer: add "
-                "--reset-optimizer to start with a fresh one"
+                "--reset-optimizer to start with a fresh one (and leave out --finetune-from-model)"
             )
         changed = [
             f"--{name.replace('_', '-')} was {saved.get(name)}, now {value}"
@@ -234,7 +234,8 @@ class LanguageOptimizer(torch.optim.Optimizer):
         if shapes != [tuple(master.shape) for master, _, _ in self.masters]:
             raise ConfigError(
                 "the checkpoint's optimizer state belongs to other adapters: resume with its "
-                "tiers, ranks and sites, or add --reset-optimizer"
+                "tiers, ranks and sites, or add --reset-optimizer (and leave out "
+                "--finetune-from-model)"
             )
         self.inner.load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         hyper = {k: v for k, v in self.inner.param_groups[0].items() if k != "params"}

@@ -75,7 +75,7 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
 
     def build_model(self, args, from_checkpoint=False):
         with one_line_errors():
-            base = None
+            base = resumed = None
             if not from_checkpoint:
                 resumed = resumed_checkpoint(args)
                 if resumed:
@@ -85,6 +85,11 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
             model = super().build_model(args, from_checkpoint)
             if not hasattr(model, "plan"):  # a stock model: nothing to route
                 return model
+            if self.training and not (base or resumed):
+                logger.warning(
+                    "the frozen base has random weights: name a pretrained model with "
+                    "--finetune-from-model"
+                )
             model.base = base
             self._check_languages(model)
             self._prepare_ids(model)
@@ -251,12 +256,19 @@ def _check_optimizer(args):
 
 
 def _check_loading(args):
-    """What fairseq refuses beside --finetune-from-model, told before anything is built."""
+    """What fairseq refuses beside --finetune-from-model, or passes over, told before anything
+    is built."""
+    restored = getattr(args, "restore_file", "checkpoint_last.pt")
     if not getattr(args, "finetune_from_model", None):
+        if restored != "checkpoint_last.pt" and resumed_checkpoint(args) is None:
+            raise ConfigError(
+                f"--restore-file {restored}: no such file, and nothing to train from: name a "
+                "checkpoint of this package, or the base model with --finetune-from-model"
+            )
         return
     names = ("reset_optimizer", "reset_lr_scheduler", "reset_meters", "reset_dataloader")
     refused = [name for name in names if getattr(args, name, False)]
-    if getattr(args, "restore_file", "checkpoint_last.pt") != "checkpoint_last.pt":
+    if restored != "checkpoint_last.pt":
         refused.append("restore_file")
     if refused:
         option = f"--{refused[0].replace('_', '-')}"

@@ -93,7 +93,9 @@ def test_two_processes_give_what_one_gives(corpus, tmp_path):
 
     def args(name, *more):
         # ja has adapters and no sentence; an odd number of batches gives one rank a dummy batch
-        made = finetune_args(corpus, tmp_path / name, "--dropout", "0", "--wd", "0.01", *more)
+        made = finetune_args(
+            corpus, tmp_path / name, "--dropout", "0", "--weight-decay", "0.01", *more
+        )
         made = with_option(made, "--lang-pairs", "en-de,fr-en")
         return [*made, "--batch-size", "8"]
 
@@ -176,10 +178,11 @@ def test_stock_checkpoints_decode_with_the_user_dir(corpus):
     assert len(re.findall(r"^H-", out, re.M)) == 8
 
 
-def test_plain_adam_is_warned_about(corpus, tmp_path):
+def test_plain_adam_and_a_missing_base_are_warned_about(corpus, tmp_path):
     args = train_args(
         corpus, tmp_path / "run", "--arch", "lslora_transformer", "--optimizer", "adam",
         "--lora-tiers", "all=de,en,fr,ja", "--max-update", "1",
     )  # fmt: skip
     _, out, _ = run("fairseq-train", *args)
     assert "use pruned_adam" in out
+    assert "the frozen base has random weights: name a pretrained model" in out

@@ -22,6 +22,7 @@ def test_training_logs_the_table_and_the_sparsity(finetuned):
     assert re.search(r"^total +4 +all +all +[\d,]+ +[\d.]+%$", out, re.M)
     assert re.search(r"^low +2 +all +all +", out, re.M)
     assert "sparsity 0.9 " in out.replace(" |", " ")
+    assert "random weights" not in out
 
 
 def test_only_adapters_moved(corpus, finetuned):

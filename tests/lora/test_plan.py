@@ -119,11 +119,16 @@ def test_target_modules_come_in_the_order_of_the_stack():
         assert parse_target_modules(",".join(MODULES[stack]), stack, option) == MODULES[stack]
 
 
+def test_no_module_at_all_has_to_be_said():
+    with pytest.raises(ConfigError, match="unknown module ''; valid: .*, or none$"):
+        parse_target_modules("", "encoder", "--encoder-target-modules")
+
+
 @pytest.mark.parametrize("name", ["q_proj", "self_attn", "fc", "FC1", "encoder_attn.q_proj"])
 def test_an_unknown_module_is_answered_with_the_valid_ones(name):
     message = (
         f"--encoder-target-modules: unknown module '{name}'; valid: self_attn.q_proj, "
-        "self_attn.k_proj, self_attn.v_proj, self_attn.out_proj, fc1, fc2"
+        "self_attn.k_proj, self_attn.v_proj, self_attn.out_proj, fc1, fc2, or none"
     )
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         parse_target_modules(f"fc1,{name}", "encoder", "--encoder-target-modules")

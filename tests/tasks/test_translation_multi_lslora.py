@@ -137,6 +137,7 @@ def test_a_language_needs_an_adapter_on_the_sides_that_index_a_layer(data):
             ["--finetune-from-model", "base.pt", "--restore-file", "other.pt"],
             "--finetune-from-model and --restore-file exclude each other: leave out",
         ),
+        (["--restore-file", "/none.pt"], "--restore-file /none.pt: no such file, and nothing to"),
     ],
 )
 def test_options_are_refused_before_anything_is_trained(data, more, message):
