@@ -364,6 +364,8 @@ def _refuse(args):
         ("--quant-noise-pq", getattr(args, "quant_noise_pq", 0)),
         ("--quant-noise-scalar", getattr(args, "quant_noise_scalar", 0)),
         ("--ddp-backend fully_sharded", getattr(args, "ddp_backend", "") == "fully_sharded"),
+        ("--encoder-xformers-att-config", getattr(args, "encoder_xformers_att_config", None)),
+        ("--decoder-xformers-att-config", getattr(args, "decoder_xformers_att_config", None)),
         ("--no-cross-attention", getattr(args, "no_cross_attention", False)),
     ):
         if given:

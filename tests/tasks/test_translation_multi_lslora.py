@@ -126,6 +126,10 @@ def test_a_language_needs_an_adapter_on_the_sides_that_index_a_layer(data):
         (["--encoder-layerdrop", "0.1"], "--encoder-layerdrop does not work with adapters: leave"),
         (["--quant-noise-pq", "0.1"], "--quant-noise-pq does not work with adapters: leave it out"),
         (["--ddp-backend", "fully_sharded"], "--ddp-backend fully_sharded does not work with ada"),
+        (
+            ["--encoder-xformers-att-config", "{'name': 'favor'}"],
+            "--encoder-xformers-att-config does not work with adapters: leave it out",
+        ),
         (["--no-cross-attention"], "--no-cross-attention does not work with adapters: leave it"),
         (["--finetune-from-model", "/none.pt"], "--finetune-from-model /none.pt: no such file: n"),
         (
