@@ -23,6 +23,13 @@ BASE_PRODUCTS=(plone.app.locales==7.0.4 pretix==2026.8.0)
 FINETUNE_PRODUCTS=(django==5.2.19 wagtail==8.0.1)
 LANGUAGES=(de fr nl cs cy af) # from and into English
 LANGS=af,cs,cy,de,en,fr,nl
+SIZES=(
+    --share-all-embeddings
+    --encoder-layers 3 --encoder-embed-dim 192 --encoder-ffn-embed-dim 512
+    --encoder-attention-heads 4 --encoder-normalize-before
+    --decoder-layers 2 --decoder-embed-dim 192 --decoder-ffn-embed-dim 512
+    --decoder-attention-heads 4 --decoder-normalize-before
+)
 BASE_UPDATES=1800
 JOBS="$(getconf _NPROCESSORS_ONLN)"
 
@@ -149,11 +156,7 @@ step train_base "$WORK/base" \
     fairseq-train "$WORK/data/base" --cpu --user-dir "$ROOT/lslora_fairseq" \
     --task translation_multi_simple_epoch --langs "$LANGS" --lang-pairs "$pairs" \
     --encoder-langtok src --decoder-langtok \
-    --arch transformer --share-all-embeddings \
-    --encoder-layers 3 --encoder-embed-dim 192 --encoder-ffn-embed-dim 512 \
-    --encoder-attention-heads 4 --encoder-normalize-before \
-    --decoder-layers 2 --decoder-embed-dim 192 --decoder-ffn-embed-dim 512 \
-    --decoder-attention-heads 4 --decoder-normalize-before \
+    --arch transformer "${SIZES[@]}" \
     --optimizer adam --adam-betas '(0.9, 0.98)' --clip-norm 1.0 \
     --lr-scheduler polynomial_decay --lr 0.003 --warmup-updates 200 \
     --total-num-update "$BASE_UPDATES" --max-update "$BASE_UPDATES" \
@@ -166,11 +169,7 @@ step finetune "$WORK/finetuned" \
     fairseq-train "$WORK/data/finetune" --cpu --user-dir "$ROOT/lslora_fairseq" \
     --task translation_multi_lslora --langs "$LANGS" --lang-pairs "$pairs" \
     --encoder-langtok src --decoder-langtok \
-    --arch lslora_transformer --share-all-embeddings \
-    --encoder-layers 3 --encoder-embed-dim 192 --encoder-ffn-embed-dim 512 \
-    --encoder-attention-heads 4 --encoder-normalize-before \
-    --decoder-layers 2 --decoder-embed-dim 192 --decoder-ffn-embed-dim 512 \
-    --decoder-attention-heads 4 --decoder-normalize-before \
+    --arch lslora_transformer "${SIZES[@]}" \
     --finetune-from-model "$WORK/base/checkpoint_last.pt" \
     --lora-tiers "$WORK/corpus/tiers.tsv" --lora-rank 'high=2,medium=2,low=8' \
     --optimizer pruned_adam --adam-betas '(0.9, 0.98)' --clip-norm 1.0 \
