@@ -26,6 +26,17 @@ OPTIONS = dict(
 )
 
 
+def _half_on_cpu():
+    try:
+        torch.nn.functional.layer_norm(torch.ones(1, 2, dtype=torch.half), (2,))
+    except RuntimeError:  # torch 2.2
+        return False
+    return True
+
+
+HALF_ON_CPU = _half_on_cpu()
+
+
 def dictionary(words=30):
     made = Dictionary()
     for number in range(words):

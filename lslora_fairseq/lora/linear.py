@@ -15,7 +15,7 @@ from lslora_fairseq.lora.routing import without_beams
 class AdapterFactor:
     """What an optimizer needs to know about one stacked factor.
 
-    It is kept on the parameter under the attribute ``optim_overrides``: fairseq's fp16 optimizer
+    It is kept on the parameter under the attribute ``param_group``: fairseq's fp16 optimizer
     replaces parameters by fp32 copies, and this is one of the few attributes that it carries over.
     """
 
@@ -36,7 +36,8 @@ class AdapterFactor:
     @classmethod
     def of(cls, param):
         """The factor of a parameter or of its fp32 copy; None for any other parameter."""
-        return (getattr(param, "optim_overrides", None) or {}).get("lslora")
+        factor = getattr(param, "param_group", None)
+        return factor if isinstance(factor, cls) else None
 
 
 class _LSLo(torch.autograd.Function):
@@ -200,7 +201,7 @@ class LSLoLinear(nn.Linear):
         self.__dict__["layout"] = layout  # the model owns it, as a submodule
         for factor, features in (("A", site.in_features), ("B", site.out_features)):
             param = nn.Parameter(self.weight.new_zeros(layout.total_rank, features))
-            param.optim_overrides = {"lslora": AdapterFactor(self, factor)}
+            param.param_group = AdapterFactor(self, factor)
             self.register_parameter(f"lora_{factor}", param)
             self.register_buffer(f"lora_{factor}_mask", torch.ones_like(param, dtype=torch.bool))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))

@@ -16,6 +16,13 @@ from torch import nn
 from lslora_fairseq.lora.linear import apply_linears
 from lslora_fairseq.lora.routing import RouteSlot
 
+# Parameters of an encoder layer of fairseq 0.12.2 that repeat those of its linears, for a fused
+# path in decoding that would go past any adapter.
+FUSED_COPIES = (
+    "in_proj_weight", "in_proj_bias", "out_proj_weight", "out_proj_bias",
+    "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias",
+)  # fmt: skip
+
 
 class BatchFirstLayerNorm(nn.LayerNorm):
     """A layer norm of (time, batch, channel) that leaves batch-first memory batch-first."""
@@ -96,10 +103,10 @@ class _RoutedLayer:
     are an argument like any other.
     """
 
-    can_use_fastpath = False  # fairseq 0.12.2's fused eval path reads the raw weights
-
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        for name in FUSED_COPIES:
+            self._parameters.pop(name, None)
         self.slot = RouteSlot()
         self.stack_slot = None
         keep_batch_first(self)
@@ -113,7 +120,8 @@ class _RoutedLayer:
 
 
 class LSLoTransformerEncoderLayer(_RoutedLayer, TransformerEncoderLayerBase):
-    pass
+    # fairseq 0.12.2's own fills in FUSED_COPIES and so turns its fused path on
+    _load_from_state_dict = nn.Module._load_from_state_dict
 
 
 class LSLoTransformerDecoderLayer(_RoutedLayer, TransformerDecoderLayerBase):

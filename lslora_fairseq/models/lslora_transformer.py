@@ -25,6 +25,7 @@ from lslora_fairseq.lora.linear import LSLoLinear
 from lslora_fairseq.lora.plan import MODULES, SIDES
 from lslora_fairseq.lora.routing import AdapterLayout, RouteSlot
 from lslora_fairseq.models.layers import (
+    FUSED_COPIES,
     LSLoTransformerDecoderLayer,
     LSLoTransformerEncoderLayer,
     keep_batch_first,
@@ -257,6 +258,9 @@ class LSLoTransformerModel(TransformerModel):
         self.plan = resolve(config, layers, dims)
         for name in LORA_FIELDS:
             setattr(args, name, getattr(config, name))
+        for name, buffer in self.named_buffers():
+            if name.endswith("._float_tensor"):
+                buffer.zero_()  # fairseq 0.12.2 leaves and saves what was in memory
         self.requires_grad_(False)
         base_parameters = sum(p.numel() for p in self.parameters())
         layout = AdapterLayout(self.plan.ranks, self.plan.alphas)
@@ -318,6 +322,9 @@ class LSLoTransformerModel(TransformerModel):
         """
         super().upgrade_state_dict_named(state_dict, name)
         own = self.state_dict()
+        for key in [k for k in state_dict if k.rpartition(".")[2] in FUSED_COPIES]:
+            del state_dict[key]
+        state_dict.update({k: v for k, v in own.items() if k.endswith("._float_tensor")})
         source, arch = "the checkpoint", None
         with one_line_errors():
             if self.base is not None:

@@ -52,6 +52,16 @@ def test_merged_weights_of_one_direction_give_the_same_output():
         torch.testing.assert_close(model(**net_input)[0], expected, atol=1e-5, rtol=1e-5)
 
 
+def test_post_norm_models_decode_with_their_adapters():
+    """fairseq 0.12.2 has a fused path for them in eval mode, which would read the raw weights."""
+    model = set_adapters(build(encoder_normalize_before=False, decoder_normalize_before=False))
+    model.load_state_dict(model.state_dict())
+    net_input = batch(PAIRS)
+    with torch.no_grad():
+        decoded = model.eval()(**net_input)[0]
+    torch.testing.assert_close(decoded, model.train()(**net_input)[0], atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("train", [True, False])
 def test_fresh_adapters_change_no_bit(train):
     """Against the same model with a single adapted linear, whose adapter is zero as well."""
