@@ -11,8 +11,9 @@ set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 if [ $# -gt 0 ]; then
     sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}" # the text above
-    [ "$1" = --help ] || [ "$1" = -h ] || exit 2
-    exit
+    [ "$1" = --help ] || [ "$1" = -h ] && exit
+    echo "quickstart: error: it takes no arguments, found: $*" >&2
+    exit 2
 fi
 mkdir -p "${WORK:=$ROOT/quickstart_work}"
 WORK="$(cd "$WORK" && pwd)"
