@@ -27,6 +27,12 @@ class Languages:
                     f"--lora-tiers: languages {' and '.join(twins)} differ only in case: "
                     "rename one, files and language tokens would be mixed up"
                 )
+        dotted = sorted(code for code in tier_of if "." in code)
+        if dotted:
+            raise ConfigError(
+                f"--lora-tiers: {dotted[0]} holds a dot, which separates the parts of a "
+                "parameter's name: rename the language"
+            )
         both = sorted(set(tier_of) & set(tier_of.values()))
         if both:
             raise ConfigError(

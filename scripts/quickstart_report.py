@@ -86,9 +86,9 @@ def count_adapters(model, codes):
     trainable = entries = pruned = 0
     for linear in model.adapted_linears():
         for code in codes:
-            rows = linear.layout.language_rows(model.languages.index(code))
-            mask = linear.lora_B_mask[rows]
-            trainable += linear.lora_A[rows].numel() + linear.lora_B[rows].numel()
+            language = model.languages.index(code)
+            _, mask = linear.masks(language)
+            trainable += sum(factor.numel() for factor in linear.factors(language))
             entries += mask.numel()
             pruned += int((~mask).sum())
     return trainable, entries, pruned

@@ -69,6 +69,25 @@ def generate_args(corpus, checkpoint, source, target, *more):
     ]  # fmt: skip
 
 
+def adapters_in(model):
+    """The adapters in a state dict of the models above, whose A and B are equally wide.
+
+    Returns:
+        dict of (layer, language) -> (A, B, mask of A, mask of B), each (rank, columns)
+    """
+    found = {}
+    for key, mask in model.items():
+        layer, _, name = key.rpartition(".")
+        if name != "mask":
+            continue
+        weights = {k: v for k, v in model.items() if k.startswith(f"{layer}.lora_")}
+        masks = mask.split([w.size(0) for w in weights.values()])
+        for (key, weight), rows in zip(weights.items(), masks):
+            code = key.rpartition(".lora_")[2]
+            found[layer, code] = (*weight.chunk(2, 1), *rows.chunk(2, 1))
+    return found
+
+
 def with_option(args, option, value):
     """A copy of *args* with the value of one option replaced."""
     args = list(args)

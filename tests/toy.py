@@ -7,6 +7,7 @@ import torch
 from fairseq.data import Dictionary
 from fairseq.models.transformer import TransformerModel
 
+from lslora_fairseq.models.loading import is_adapter_key
 from lslora_fairseq.models.lslora_transformer import LSLoTransformerModel
 
 CODES = ("de", "en", "fr", "ja")
@@ -62,18 +63,21 @@ def build(seed=1, model=LSLoTransformerModel, **options):
 def stock(adapted):
     """fairseq's own transformer with the base weights of an adapted model."""
     made = build(model=TransformerModel)
-    state = {k: v for k, v in adapted.state_dict().items() if "lora_" not in k}
+    state = {k: v for k, v in adapted.state_dict().items() if not is_adapter_key(k)}
     made.load_state_dict(state)
     return made
+
+
+def adapters(model):
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 def set_adapters(model, scale=0.5, seed=2):
     """Gives every adapter weights of its own; B is no longer zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for linear in model.adapted_linears():
-            for factor in (linear.lora_A, linear.lora_B):
-                factor.copy_(torch.randn(factor.shape, generator=generator) * scale)
+        for param in adapters(model):
+            param.copy_(torch.randn(param.shape, generator=generator) * scale)
     return model
 
 

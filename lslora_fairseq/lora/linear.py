@@ -3,41 +3,9 @@
 y = W x + b + (alpha_l / r_l) · B_l A_l x        l = the sentence's language on this side
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-from lslora_fairseq.lora.routing import without_beams
-
-
-class AdapterFactor:
-    """What an optimizer needs to know about one stacked factor.
-
-    It is kept on the parameter under the attribute ``param_group``: fairseq's fp16 optimizer
-    replaces parameters by fp32 copies, and this is one of the few attributes that it carries over.
-    """
-
-    def __init__(self, linear, factor):
-        self.linear = linear
-        self.factor = factor
-
-    @property
-    def mask(self):
-        """(total_rank, features) bool; False marks a pruned entry."""
-        return getattr(self.linear, f"lora_{self.factor}_mask")
-
-    @property
-    def weight(self):
-        """The parameter inside the model (fp16 where the optimizer holds an fp32 copy)."""
-        return getattr(self.linear, f"lora_{self.factor}")
-
-    @classmethod
-    def of(cls, param):
-        """The factor of a parameter or of its fp32 copy; None for any other parameter."""
-        factor = getattr(param, "param_group", None)
-        return factor if isinstance(factor, cls) else None
 
 
 class _LSLo(torch.autograd.Function):
@@ -47,61 +15,76 @@ class _LSLo(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, z, route, count, *tensors):
+    def forward(ctx, x, z, stack, gradient, blocks, modules, *tensors):
         """
         Args:
             x: (batch, time, in), contiguous
             z: the adapters' input where it differs from x (dropout), or None
-            route: the route of the sentences
-            count: number of linears
-            tensors: their weights, biases, A, B, masks of A and masks of B; A and what follows
-                are None for a linear without adapters
+            stack: (rows, features), the layer's adapters of the languages present
+            gradient: their :class:`~lslora_fairseq.lora.adapters.StackGradient`
+            blocks: the blocks of the route
+            modules: the site's module name of each linear, None where it has no adapters
+            tensors: their weights, then their biases
 
         Returns:
             (batch, time, out) of every linear
         """
-        ctx.route, ctx.count = route, count
-        ctx.save_for_backward(x, z, *tensors)
-        weights, biases, As, Bs, _, _ = _kinds(tensors, count)
+        ctx.gradient, ctx.blocks, ctx.modules = gradient, blocks, modules
+        weights, biases = tensors[: len(modules)], tensors[len(modules) :]
+        ctx.save_for_backward(x, z, stack, *weights)
         outs = [_frozen_linear(x, weight, bias) for weight, bias in zip(weights, biases)]
-        adapted = [i for i in range(count) if As[i] is not None]
-        z = x if z is None else z
-        for block in route:
-            _, _, h = _project(z, [As[i] for i in adapted], block)
-            for i, part in zip(adapted, h.chunk(len(adapted), -1)):
-                _add_product(_part(outs[i], Bs[i], block), part, F.embedding(block.rows, Bs[i]))
+        adapted, columns = _adapted(gradient.adapters, modules)
+        for block, z_part, As, Bs, ys in zip(
+            blocks,
+            _sentences(x if z is None else z, columns[0][0], blocks),
+            zip(*(_rows(stack, a, blocks) for a, _ in columns)),
+            zip(*(_rows(stack, b, blocks) for _, b in columns)),
+            zip(*(_sentences(outs[i], b, blocks) for i, (_, b) in zip(adapted, columns))),
+        ):
+            h = _scaled(z_part @ _side_by_side(As, -2).mT, block)
+            for y, part, B in zip(ys, h.chunk(len(ys), -1), Bs):
+                _add_product(y, part, B)
         return tuple(outs)
 
     @staticmethod
     def backward(ctx, *dys):
-        x, z, *tensors = ctx.saved_tensors
-        weights, _, As, Bs, A_masks, B_masks = _kinds(tensors, ctx.count)
+        x, z, stack, *weights = ctx.saved_tensors
         dys = [dy.contiguous() for dy in dys]
         dx = _frozen_backward(dys, weights) if ctx.needs_input_grad[0] else None
         dz = dx if z is None else torch.zeros_like(z)
-        z = x if z is None else z
-        adapted = [i for i in range(ctx.count) if As[i] is not None]
-        dAs = [None if A is None else torch.zeros_like(A) for A in As]
-        dBs = [None if B is None else torch.zeros_like(B) for B in Bs]
-        for block in ctx.route:
-            z_part, A, h = _project(z, [As[i] for i in adapted], block)
-            dhs = []
-            for i, part in zip(adapted, h.chunk(len(adapted), -1)):
-                dy = _part(dys[i], Bs[i], block)
-                dhs.append(dy @ F.embedding(block.rows, Bs[i]).mT)
-                _add_gradient(dBs[i], part, dy, B_masks[i], block)
-            dh = _scaled(torch.cat(dhs, -1), block)
-            for i, part in zip(adapted, dh.chunk(len(adapted), -1)):
-                _add_gradient(dAs[i], part, z_part, A_masks[i], block)
+        blocks = ctx.blocks
+        adapted, columns = _adapted(ctx.gradient.adapters, ctx.modules)
+        gradient = ctx.gradient.columns([ctx.modules[i] for i in adapted], stack)
+        if blocks[0].gathers:
+            gradient.start_from_zero()
+        for block, z_part, As, Bs, d_parts, dz_part, dAs, dBs in zip(
+            blocks,
+            _sentences(x if z is None else z, columns[0][0], blocks),
+            zip(*(_rows(stack, a, blocks) for a, _ in columns)),
+            zip(*(_rows(stack, b, blocks) for _, b in columns)),
+            zip(*(_sentences(dys[i], b, blocks) for i, (_, b) in zip(adapted, columns))),
+            blocks if dz is None else _sentences(dz, columns[0][0], blocks),
+            zip(*(_own_rows(gradient.buffer, a, blocks) for a, _ in columns)),
+            zip(*(_own_rows(gradient.buffer, b, blocks) for _, b in columns)),
+        ):
+            A = _side_by_side(As, -2)
+            h = _scaled(z_part @ A.mT, block)
+            dh = _side_by_side([dy @ B.mT for dy, B in zip(d_parts, Bs)], -1)
+            _scaled(dh, block)
+            for dB, part, dy in zip(dBs, h.chunk(len(dBs), -1), d_parts):
+                _add_gradient(dB, part, dy, block, gradient.beta)
+            for dA, part in zip(dAs, dh.chunk(len(dAs), -1)):
+                _add_gradient(dA, part, z_part, block, gradient.beta)
             if dz is not None:
-                _add_product(_part(dz, As[adapted[0]], block), dh, A)
+                _add_product(dz_part, dh, A)
         dz = None if dz is dx else dz
-        nothing = [None] * (2 * ctx.count)
-        return dx, dz, None, None, *nothing, *dAs, *dBs, *nothing
+        return dx, dz, gradient.handed, None, None, None, *[None] * (2 * len(weights))
 
 
-def _kinds(tensors, count):
-    return [tensors[i : i + count] for i in range(0, len(tensors), count)]
+def _adapted(adapters, modules):
+    """The numbers of the linears that have adapters, and their columns of the layer's."""
+    adapted = [i for i, module in enumerate(modules) if module is not None]
+    return adapted, [adapters.columns[modules[i]] for i in adapted]
 
 
 def _frozen_linear(x, weight, bias):
@@ -122,47 +105,60 @@ def _frozen_backward(dys, weights):
     return dx
 
 
-def _part(x, factor, block):
-    """The sentences of a block, and the features that a factor of the adapters sees."""
-    return x[block.start : block.stop, :, : factor.size(1)]
-
-
-def _project(z, As, block):
-    """A z of several linears side by side.
+def _sentences(x, columns, blocks):
+    """For each block, its sentences and the features that a factor of the adapters sees.
 
     Returns:
-        z of the block's sentences; their A, (linears · columns, in), with a dimension of sentences
-        in front where each has rows of its own; scaling · A z, (sentences, time, linears · columns)
+        (sentences · time, features) views, or (sentences, time, features) for a block that gathers
     """
-    z = _part(z, As[0], block)
-    A = torch.cat([F.embedding(block.rows, A) for A in As], -2)
-    return z, A, _scaled(z @ A.mT, block)
+    x = x[..., : columns.stop - columns.start]
+    if blocks[0].gathers:
+        return (x,)
+    return x.flatten(0, 1).split([(b.stop - b.start) * x.size(1) for b in blocks])
+
+
+def _own_rows(stack, columns, blocks):
+    """For each block, its rows of a factor, views; the whole stack for a block that gathers."""
+    part = stack[:, columns]
+    if blocks[0].gathers:
+        return (part,)
+    return part.split([b.rows.stop - b.rows.start for b in blocks])
+
+
+def _rows(stack, columns, blocks):
+    """For each block, a factor: (columns, features), or (sentences, columns, features) for a
+    block that gathers."""
+    parts = _own_rows(stack, columns, blocks)
+    if blocks[0].gathers:
+        return (F.embedding(blocks[0].rows, parts[0]),)
+    return parts
+
+
+def _side_by_side(tensors, dim):
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
 
 
 def _scaled(h, block):
-    """Multiplies (sentences, time, linears · columns) by the block's scaling, in place."""
-    columns = block.scaling.size(-1)
-    h.unflatten(-1, (-1, columns)).mul_(block.scaling.unsqueeze(2).to(h.dtype))
+    """Multiplies h, (…, linears · columns), by the block's scaling, in place."""
+    scaling = block.scaling.to(h.dtype).unsqueeze(2)
+    h.view(scaling.size(0), -1, h.size(-1) // scaling.size(-1), scaling.size(-1)).mul_(scaling)
     return h
 
 
 def _add_product(out, a, b):
-    """out += a b, in place; a is (sentences, time, k), b (k, n) or (sentences, k, n)."""
+    """out += a b, in place."""
     if b.dim() == 3:
         out.baddbmm_(a, b)
     else:
-        out.flatten(0, 1).addmm_(a.flatten(0, 1), b)
+        out.addmm_(a, b)
 
 
-def _add_gradient(total, a, b, mask, block):
-    """Adds aᵀ b, of each sentence or summed over a block, to the block's rows of a factor's
-    gradient; a pruned entry gets none."""
-    if block.rows.dim() == 2:
-        grad = a.mT @ b
+def _add_gradient(total, a, b, block, beta):
+    """total = beta · total + aᵀ b, in place; summed by row where each sentence has its own."""
+    if block.gathers:
+        total.index_add_(0, block.rows.flatten(), (a.mT @ b).flatten(0, -2))
     else:
-        grad = a.flatten(0, 1).t() @ b.flatten(0, 1)
-    grad.masked_fill_(~mask[block.rows], 0)
-    total.index_add_(0, block.rows.flatten(), grad.flatten(0, -2))
+        total.addmm_(a.t(), b, beta=beta)
 
 
 def _autocast_dtype(device_type):
@@ -176,35 +172,29 @@ def _autocast_dtype(device_type):
 
 
 class LSLoLinear(nn.Linear):
-    """A frozen linear with one LoRA adapter per language, stacked along the rank dimension.
+    """A frozen linear with one LoRA adapter per language.
 
-    The keys ``weight`` and ``bias`` stay those of the linear it replaces. ``lora_A``
-    (total_rank, in) and ``lora_B`` (total_rank, out) hold all languages; a language owns the
-    rows ``layout.language_rows(index)``, and its ΔW is ``scaling · lora_B[rows].T @ lora_A[rows]``.
-    A is Kaiming-uniform (a = √5) and B zero: a fresh adapter changes nothing.
+    The keys ``weight`` and ``bias`` stay those of the linear it replaces. Its factors are columns
+    of the layer's :class:`~lslora_fairseq.lora.adapters.LayerAdapters`.
 
     Args:
         linear: the pretrained linear; its parameters are shared and frozen
         site: where it sits and which part of it is adapted
-        layout: the model's stacking of languages
+        adapters: the adapters of its layer and side
+        layout: the model's ranks and scaling
         slot: where the current batch's routes are found
         dropout: probability of dropping an entry of the adapters' input during training
     """
 
-    def __init__(self, linear, site, layout, slot, dropout=0.0):
+    def __init__(self, linear, site, adapters, layout, slot, dropout=0.0):
         super().__init__(
             linear.in_features, linear.out_features, linear.bias is not None, device="meta"
         )
         self.weight, self.bias = linear.weight, linear.bias
         self.requires_grad_(False)
         self.site, self.slot, self.dropout = site, slot, dropout
-        self.__dict__["layout"] = layout  # the model owns it, as a submodule
-        for factor, features in (("A", site.in_features), ("B", site.out_features)):
-            param = nn.Parameter(self.weight.new_zeros(layout.total_rank, features))
-            param.param_group = AdapterFactor(self, factor)
-            self.register_parameter(f"lora_{factor}", param)
-            self.register_buffer(f"lora_{factor}_mask", torch.ones_like(param, dtype=torch.bool))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        # the layer and the model own these, as submodules
+        self.__dict__.update(adapters=adapters, layout=layout)
 
     def forward(self, x):
         """x: (time, batch, in) -> (time, batch, out); batch-first in memory.
@@ -214,13 +204,22 @@ class LSLoLinear(nn.Linear):
         """
         return apply_linears(x.transpose(0, 1), (self,))[0].transpose(0, 1)
 
+    def factors(self, language):
+        """A (rank, in) and B (rank, out) of a language (its index): views of its parameter."""
+        weight = self.adapters.weight(language)
+        return tuple(weight[:, columns] for columns in self.adapters.columns[self.site.module])
+
+    def masks(self, language):
+        """The masks of A and B of a language, views; False marks a pruned entry."""
+        mask = self.adapters.mask[self.adapters.rows(language)]
+        return tuple(mask[:, columns] for columns in self.adapters.columns[self.site.module])
+
     def delta_weight(self, language):
         """ΔW of one language (its index): (out, in), zero outside the adapted part."""
-        rows = self.layout.language_rows(language)
-        scaling = self.layout.scaling[language, 0]
+        A, B = self.factors(language)
         delta = torch.zeros_like(self.weight)
         delta[: self.site.out_features, : self.site.in_features] = (
-            scaling * self.lora_B[rows].T @ self.lora_A[rows]
+            self.layout.scaling[language] * B.T @ A
         )
         return delta
 
@@ -257,12 +256,22 @@ def apply_linears(x, linears):
         )
     x = x.contiguous()
     z = F.dropout(x, first.dropout) if first.training and first.dropout else None
-    names = ("weight", "bias", "lora_A", "lora_B")
-    tensors = [x, z, *(getattr(linear, name, None) for name in names for linear in linears)]
+    tensors = [x, z, *(linear.weight for linear in linears), *(linear.bias for linear in linears)]
     dtype = _autocast_dtype(x.device.type)
     if dtype is not None:
         tensors = [None if t is None else t.to(dtype) for t in tensors]
-    masks = [getattr(lin, f"lora_{f}_mask", None) for f in "AB" for lin in linears]
     x, z, *tensors = tensors
-    route = without_beams(route, x.size(0))
-    return _LSLo.apply(x, z, route, len(linears), *tensors, *masks)
+    stack, gradient = _stack(first, route, dtype)
+    blocks = route.without_beams(x.size(0)).blocks
+    modules = tuple(lin.site.module if lin in adapted else None for lin in linears)
+    return _LSLo.apply(x, z, stack, gradient, blocks, modules, *tensors)
+
+
+def _stack(linear, route, dtype):
+    """The stacked adapters of the linear's layer, made once per pass, or once per decoding."""
+    adapters, stacks = linear.adapters, route.present.stacks
+    if stacks is None or torch.is_grad_enabled():
+        stacks = linear.slot.stacks
+    if adapters not in stacks:
+        stacks[adapters] = adapters.stack(route.present, dtype)
+    return stacks[adapters]

@@ -1,18 +1,22 @@
 """Which language each sentence of a batch uses, prepared once per batch for all layers.
 
-All languages of a site are stacked along the rank dimension: language 0 owns the first
-``ranks[0]`` rows of ``lora_A`` and ``lora_B``, language 1 the next ``ranks[1]``, and so on. The
-stacking is the same at every site, so the rows that a batch needs are looked up once.
+The adapters of the languages present are stacked along the rank dimension, in ascending order of
+the languages. The stacking is the same in every layer, so that the rows of a sentence are looked
+up once; languages absent from the batch take no part.
 """
 
-from typing import NamedTuple
+from functools import cached_property
+from typing import NamedTuple, Union
 
 import torch
 from torch import nn
 
-# Rank columns of a shared block. A block costs a few small matrix products, a column of another
-# language as much as one of the sentence's own; 8 to 32 columns were measured alike.
+# Rank columns of a shared block in a sorted batch. A block costs a few small matrix products, a
+# column of another language as much as one of the sentence's own; 8 to 32 columns were measured
+# alike.
 BLOCK_RANK = 16
+# Rank columns up to which unsorted sentences share one block; beyond, each gathers its own rows.
+UNSORTED_RANK = 64
 
 
 class Block(NamedTuple):
@@ -20,22 +24,25 @@ class Block(NamedTuple):
 
     Attributes:
         start, stop: the sentences
-        rows: rows of the stacked factors: (columns,) shared by all sentences of the block, or
-            (sentences, columns) for each its own
+        rows: rows of the stacked adapters: a slice shared by all sentences of the block, or
+            (sentences, columns) indices, for each its own
         scaling: (sentences, 1, columns) alpha / rank in the columns of a sentence's own language,
             0 in the others
     """
 
     start: int
     stop: int
-    rows: torch.Tensor
+    rows: Union[slice, torch.Tensor]
     scaling: torch.Tensor
+
+    @property
+    def gathers(self):
+        """Whether each sentence has rows of its own."""
+        return not isinstance(self.rows, slice)
 
 
 class AdapterLayout(nn.Module):
-    """How the adapters of all languages are stacked; shared by every site of a model.
-
-    A route is the tuple of a batch's :class:`Block`, for one index side.
+    """Ranks and scaling of all languages; shared by every layer of a model.
 
     Args:
         ranks: rank of each language, in the inventory's order
@@ -45,86 +52,131 @@ class AdapterLayout(nn.Module):
     def __init__(self, ranks, alphas):
         super().__init__()
         self.ranks = tuple(ranks)
-        self.total_rank = sum(ranks)
-        self.offsets = tuple(sum(ranks[:i]) for i in range(len(ranks)))
-        rank = torch.tensor(ranks).unsqueeze(1)
-        column = torch.arange(max(ranks)).unsqueeze(0)
-        # beyond a language's own rank: a row of its own again, scaled by 0
-        rows = torch.tensor(self.offsets).unsqueeze(1) + torch.minimum(column, rank - 1)
-        scaling = torch.tensor(alphas, dtype=torch.float).unsqueeze(1) / rank
-        self.register_buffer("rows", rows, persistent=False)
-        self.register_buffer("scaling", scaling * (column < rank), persistent=False)
-
-    def language_rows(self, language):
-        """The slice of rows that a language (its index) owns."""
-        start = self.offsets[language]
-        return slice(start, start + self.ranks[language])
-
-    def gathered(self, lang_ids):
-        """The route of sentences in any order: one block in which each has rows of its own.
-
-        It needs no transfer from the device, and pays for the largest rank in every sentence.
-
-        Args:
-            lang_ids: (batch,) language indices
-        """
-        scaling = self.scaling[lang_ids].unsqueeze(1)
-        return (Block(0, lang_ids.size(0), self.rows[lang_ids], scaling),)
-
-    def sorted(self, lang_ids):
-        """The route of sentences sorted by language: blocks of neighbouring languages.
-
-        It makes one transfer from the device. Languages of unequal ranks pay for their own alone.
-
-        Args:
-            lang_ids: (batch,) language indices in ascending order
-        """
-        blocks, languages, start, columns = [], [], 0, 0
-        ids = lang_ids.tolist()
-        for stop, (language, following) in enumerate(zip(ids, [*ids[1:], None]), 1):
-            if language == following:
-                continue
-            languages.append(language)
-            columns += self.ranks[language]
-            if following is None or columns + self.ranks[following] > BLOCK_RANK:
-                blocks.append(self._shared_block(start, stop, languages, lang_ids))
-                languages, start, columns = [], stop, 0
-        return tuple(blocks)
-
-    def _shared_block(self, start, stop, languages, lang_ids):
-        rows, owners = [], []
-        for language in languages:
-            own = self.language_rows(language)
-            rows += range(own.start, own.stop)
-            owners += [language] * self.ranks[language]
-        rows, owners = torch.tensor([rows, owners], device=lang_ids.device)
-        mine = lang_ids[start:stop].unsqueeze(1) == owners
-        return Block(start, stop, rows, (self.scaling[owners, 0] * mine).unsqueeze(1))
+        scaling = torch.tensor(alphas, dtype=torch.float) / torch.tensor(ranks)
+        self.register_buffer("scaling", scaling, persistent=False)
 
 
-def without_beams(route, batch):
-    """The route of a batch from which the beam's copies of a sentence have been dropped.
+class Present:
+    """The languages of a batch on one index side, and how their adapters are stacked.
 
-    Cross-attention projects the encoder output once per sentence while the decoder sees
-    ``batch * beam`` hypotheses, the beams of a sentence side by side.
+    Making one costs the batch's only transfer from the device.
 
     Args:
-        route: a gathered route of as many or more sentences
-        batch: number of sentences left
+        layout: the model's :class:`AdapterLayout`
+        lang_ids: (batch,) language indices
+
+    Attributes:
+        languages: the languages (indices), ascending
+        owners: (rows,) the language that owns each row of the stack
+        stacks: None, or a dict in which every layer keeps its stack for later passes
     """
-    step = route[-1].stop // batch
-    if step == 1:
-        return route
-    (block,) = route
-    return (Block(0, batch, block.rows[::step], block.scaling[::step]),)
+
+    def __init__(self, layout, lang_ids):
+        self.layout = layout
+        self._ids = lang_ids.tolist()
+        self.languages = tuple(sorted(set(self._ids)))
+        self.ranks = [layout.ranks[language] for language in self.languages]
+        owners = [la for la, rank in zip(self.languages, self.ranks) for _ in range(rank)]
+        self.owners = torch.tensor(owners, device=lang_ids.device)
+        self.row_scaling = layout.scaling[self.owners]
+        self.stacks = None
+
+    def _shared(self, lang_ids, start, stop, rows):
+        mine = lang_ids[start:stop].unsqueeze(1) == self.owners[rows]
+        return Block(start, stop, rows, (self.row_scaling[rows] * mine).unsqueeze(1))
+
+    def sorted(self, lang_ids):
+        """The route of the sentences, sorted by language: blocks of neighbouring languages.
+
+        Languages of unequal ranks pay for their own alone.
+
+        Args:
+            lang_ids: (batch,) the batch's language indices in ascending order
+        """
+        ids = sorted(self._ids)
+        blocks, start, first, columns = [], 0, 0, 0
+        for number, (language, rank) in enumerate(zip(self.languages, self.ranks), 1):
+            columns += rank
+            following = self.ranks[number] if number < len(self.ranks) else BLOCK_RANK
+            if columns + following > BLOCK_RANK:
+                stop = _after(ids, language, start)
+                rows = slice(first, first + columns)
+                blocks.append(self._shared(lang_ids, start, stop, rows))
+                start, first, columns = stop, rows.stop, 0
+        return Route(self, tuple(blocks))
+
+    def unsorted(self, lang_ids):
+        """The route of sentences in any order: one block.
+
+        They share the rows of all languages while these are few. Otherwise each has rows of its
+        own and pays for the largest rank.
+
+        Args:
+            lang_ids: (batch,) language indices, all of which are present here
+        """
+        total, batch = len(self.owners), lang_ids.size(0)
+        if total <= UNSORTED_RANK:
+            return Route(self, (self._shared(lang_ids, 0, batch, slice(0, total)),))
+        first, rank = self._table
+        column = torch.arange(max(self.ranks), device=lang_ids.device)
+        own = rank[lang_ids].unsqueeze(1)
+        # beyond a language's own rank: a row of its own again, scaled by 0
+        rows = first[lang_ids].unsqueeze(1) + torch.minimum(column, own - 1)
+        scaling = self.layout.scaling[lang_ids].unsqueeze(1) * (column < own)
+        return Route(self, (Block(0, batch, rows, scaling.unsqueeze(1)),))
+
+    @cached_property
+    def _table(self):
+        """First row in the stack and rank of every language, 0 for an absent one."""
+        first, rank = torch.zeros(2, len(self.layout.ranks), dtype=torch.long)
+        languages, ranks = torch.tensor(self.languages), torch.tensor(self.ranks)
+        first[languages], rank[languages] = ranks.cumsum(0) - ranks, ranks
+        return first.to(self.owners.device), rank.to(self.owners.device)
+
+
+def _after(ids, language, start):
+    """The end of the run of sentences, in sorted *ids*, of languages up to this one."""
+    while start < len(ids) and ids[start] <= language:
+        start += 1
+    return start
+
+
+class Route(NamedTuple):
+    """Which adapters each sentence of a batch uses, on one index side."""
+
+    present: Present
+    blocks: tuple
+
+    def without_beams(self, batch):
+        """The route of a batch from which the beam's copies of a sentence have been dropped.
+
+        Cross-attention projects the encoder output once per sentence while the decoder sees
+        ``batch * beam`` hypotheses, the beams of a sentence side by side.
+
+        Args:
+            batch: number of sentences left
+        """
+        step = self.blocks[-1].stop // batch
+        if step == 1:
+            return self
+        (block,) = self.blocks
+        rows = block.rows[::step] if block.gathers else block.rows
+        return Route(self.present, (Block(0, batch, rows, block.scaling[::step]),))
 
 
 class RouteSlot:
-    """Where the linears of a layer find the routes of the batch that passes through it now.
+    """Where the linears of a layer find the routes and the stacked adapters of its batch.
 
     A layer fills its slot at the start of every forward pass from an argument, so a forward pass
     repeated by activation checkpointing sees the routes of its own batch.
+
+    Attributes:
+        routes: index side -> :class:`Route`
+        stacks: index side -> the layer's adapters of the languages present
     """
 
     def __init__(self):
-        self.routes = {}
+        self.fill({})
+
+    def fill(self, routes):
+        self.routes, self.stacks = routes, {}

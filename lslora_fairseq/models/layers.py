@@ -115,8 +115,10 @@ class _RoutedLayer:
         return super().__call__(*args, routes=self.stack_slot.routes, **kwargs)
 
     def forward(self, *args, routes, **kwargs):
-        self.slot.routes = routes
-        return super().forward(*args, **kwargs)
+        self.slot.fill(routes)
+        out = super().forward(*args, **kwargs)
+        self.slot.fill({})  # lets go of the graph
+        return out
 
 
 class LSLoTransformerEncoderLayer(_RoutedLayer, TransformerEncoderLayerBase):

@@ -106,8 +106,8 @@ def take_rows(own, found, matched):
 
 
 def is_adapter_key(key):
-    """Whether a state dict key belongs to an adapter (its last part is matched whole)."""
-    return key.rsplit(".", 1)[-1] in ("lora_A", "lora_B", "lora_A_mask", "lora_B_mask")
+    """Whether a state dict key belongs to adapters (its last but one part is matched whole)."""
+    return key.split(".")[-2:-1] in [["source_adapters"], ["target_adapters"]]
 
 
 def check_keys(own, found, source, arch):

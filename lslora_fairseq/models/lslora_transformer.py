@@ -21,9 +21,10 @@ from fairseq.tasks import FairseqTask
 
 from lslora_fairseq.config import LORA_FIELDS, LSLoConfig, resolve
 from lslora_fairseq.errors import ConfigError, one_line_errors
+from lslora_fairseq.lora.adapters import LayerAdapters
 from lslora_fairseq.lora.linear import LSLoLinear
 from lslora_fairseq.lora.plan import MODULES, SIDES
-from lslora_fairseq.lora.routing import AdapterLayout, RouteSlot
+from lslora_fairseq.lora.routing import AdapterLayout, Present, RouteSlot
 from lslora_fairseq.models.layers import (
     FUSED_COPIES,
     LSLoTransformerDecoderLayer,
@@ -53,6 +54,7 @@ class _RoutedStack:
         """
         self.__dict__["layout"] = layout  # the model owns it, as a submodule
         sides = [site.side for site in sites]
+        self.sides = [side for side in SIDES if side in sides]
         self.sorted_side = max(SIDES, key=sides.count)
         self.slot = RouteSlot()
         for layer in self.layers:
@@ -66,26 +68,36 @@ class _RoutedStack:
         Args:
             ids: side -> (batch,) language indices or None
         """
-        lang_ids = ids[self.sorted_side]
+        lang_ids = ids[self.sorted_side] if self.sides else None
         if lang_ids is None:
             return None
         order = lang_ids.argsort(stable=True)
         return order, order.argsort()
 
+    def present(self, ids):
+        """side -> the languages of the batch, for the sides that index any site of this stack.
+
+        Args:
+            ids: side -> (batch,) language indices or None
+        """
+        return {
+            side: Present(self.layout, ids[side]) for side in self.sides if ids[side] is not None
+        }
+
     @contextmanager
-    def routed(self, ids, is_sorted):
+    def routed(self, ids, present, is_sorted):
         """Layers called inside find the routes of these sentences.
 
         Args:
             ids: side -> (batch,) language indices or None
+            present: side -> :class:`Present`, of which the ids are
             is_sorted: the sentences are sorted by :meth:`order`
         """
         self.slot.routes = {
-            side: self.layout.sorted(lang_ids)
+            side: languages.sorted(ids[side])
             if is_sorted and side == self.sorted_side
-            else self.layout.gathered(lang_ids)
-            for side, lang_ids in ids.items()
-            if lang_ids is not None
+            else languages.unsorted(ids[side])
+            for side, languages in present.items()
         }
         try:
             yield
@@ -134,7 +146,8 @@ class LSLoTransformerEncoder(_RoutedStack, TransformerEncoderBase):
             args = [None if t is None else t[there] for t in (src_tokens, src_lengths)]
             if token_embeddings is not None:
                 token_embeddings = token_embeddings[there]
-            with self.routed(_reorder_ids(ids, there), is_sorted=True):
+            ids_there = _reorder_ids(ids, there)
+            with self.routed(ids_there, self.present(ids_there), is_sorted=True):
                 out = super().forward(*args, return_all_hiddens, token_embeddings)
             for key in ("encoder_padding_mask", "encoder_embedding", "src_lengths"):
                 out[key] = [t.index_select(0, back) for t in out[key]]
@@ -163,24 +176,37 @@ class LSLoTransformerDecoder(_RoutedStack, TransformerDecoderBase):
             side: encoder_out[key][0] if encoder_out[key] else None
             for key, side in zip(LANG_IDS, SIDES)
         }
-        order = None if incremental_state is not None else self.order(ids)
-        if order is None:
-            with self.routed(ids, is_sorted=False):
+        if incremental_state is not None:
+            with self.routed(ids, self._kept_present(ids, incremental_state), is_sorted=False):
                 return super().extract_features(
                     prev_output_tokens, encoder_out, incremental_state, *args, **kwargs
                 )
+        order = self.order(ids)
+        if order is None:
+            return super().extract_features(prev_output_tokens, encoder_out, None, *args, **kwargs)
         there, back = order
         encoder_out = {
             **encoder_out,
             "encoder_out": [_reorder(x, there) for x in encoder_out["encoder_out"]],
             "encoder_padding_mask": [t[there] for t in encoder_out["encoder_padding_mask"]],
         }
-        with self.routed(_reorder_ids(ids, there), is_sorted=True):
+        ids = _reorder_ids(ids, there)
+        with self.routed(ids, self.present(ids), is_sorted=True):
             features, extra = super().extract_features(
                 prev_output_tokens[there], encoder_out, None, *args, **kwargs
             )
         attention = [None if a is None else a[back] for a in extra["attn"]]
         return features.index_select(0, back), {"attn": attention, "inner_states": []}
+
+    def _kept_present(self, ids, incremental_state):
+        """The languages of the batch's first step: later steps have no others, and what is
+        stacked for them, or came from the device, serves all steps."""
+        present = incremental_state.get("lslora_present")
+        if present is None:
+            present = incremental_state["lslora_present"] = self.present(ids)
+            for languages in present.values():
+                languages.stacks = {}
+        return present
 
 
 def _reorder(x, order):
@@ -266,16 +292,31 @@ class LSLoTransformerModel(TransformerModel):
         layout = AdapterLayout(self.plan.ranks, self.plan.alphas)
         self.adapter_layout = layout
         for name, stack in stacks.items():
-            stack.attach(layout, [s for s in self.plan.sites if s.stack == name])
-        for site in self.plan.sites:
-            layer = stacks[site.stack].layers[site.layer]
-            parent_name, _, name = site.module.rpartition(".")
-            parent = layer.get_submodule(parent_name)
-            linear = LSLoLinear(getattr(parent, name), site, layout, layer.slot, self.plan.dropout)
-            setattr(parent, name, linear)
+            sites = [site for site in self.plan.sites if site.stack == name]
+            stack.attach(layout, sites)
+            for number, layer in enumerate(stack.layers):
+                self._adapt(layer, [site for site in sites if site.layer == number])
         logger.info(
             "adapters of %d languages\n%s", len(self.languages), self.plan.table(base_parameters)
         )
+
+    def _adapt(self, layer, sites):
+        """Gives the linears of a layer their adapters."""
+        for side in SIDES:
+            ours = [site for site in sites if site.side == side]
+            if not ours:
+                continue
+            like = next(layer.parameters())
+            adapters = LayerAdapters(ours, self.languages.codes, self.plan.ranks, like)
+            layer.add_module(f"{side}_adapters", adapters)
+            for site in ours:
+                parent_name, _, name = site.module.rpartition(".")
+                parent = layer.get_submodule(parent_name)
+                linear = LSLoLinear(
+                    getattr(parent, name), site, adapters, self.adapter_layout, layer.slot,
+                    self.plan.dropout,
+                )  # fmt: skip
+                setattr(parent, name, linear)
 
     @property
     def languages(self):

@@ -1,10 +1,10 @@
 """A torch optimizer that steps every language on its own.
 
-The adapters of all languages are stacked in one tensor per site, so a plain optimizer would move
-a language that had no sentence in the update, by momentum and weight decay. Here an inner
-optimizer works on fp32 *masters*, one for each language and index side; a language without a
-gradient is not shown to it at all. Its weights, its moments and its step count stay as they are,
-bit for bit, and what one language does never touches the state of another.
+A language has one parameter in each layer. A plain optimizer would still move a language that had
+no sentence in the update, by momentum and weight decay, wherever fairseq turns a missing gradient
+into zeros. Here an inner optimizer works on fp32 *masters*, one for each language and index side;
+a language without a gradient is not shown to it at all. Its weights, its moments and its step
+count stay as they are, bit for bit, and what one language does never touches the state of another.
 """
 
 from collections import defaultdict
@@ -14,39 +14,48 @@ import torch
 from torch import nn
 
 from lslora_fairseq.errors import ConfigError
-from lslora_fairseq.lora.linear import AdapterFactor
-from lslora_fairseq.lora.plan import SIDES
+from lslora_fairseq.lora.adapters import Adapter
 from lslora_fairseq.pruning import masks
 
 
 @dataclass
 class Piece:
-    """One language's rows of one stacked factor.
+    """Columns of one language's parameter in one layer.
 
     Attributes:
-        param: index of the stacked parameter
-        language: index of the language
-        factor: the parameter's :class:`AdapterFactor`
-        rows: its rows in the stacked parameter
-        master: (rank, features) fp32 view into the master it belongs to
+        param: index of the parameter
+        adapter: the parameter's :class:`Adapter`
+        columns: a slice of the parameter's columns
+        master: (rank, columns) fp32 view into the master it belongs to
     """
 
     param: int
-    language: int
-    factor: AdapterFactor
-    rows: slice
+    adapter: Adapter
+    columns: slice
     master: torch.Tensor = None
+
+    @property
+    def mask(self):
+        """(rank, columns) bool, a view; False marks a pruned entry."""
+        return self.adapter.mask[:, self.columns]
+
+    def part(self, factor):
+        """Which of these columns belong to factor ``A`` or ``B``."""
+        first = self.columns.start or 0
+        width = self.master.size(1)
+        border = min(max(self.adapter.layer.width_A - first, 0), width)
+        return slice(0, border) if factor == "A" else slice(border, width)
 
 
 class LanguageOptimizer(torch.optim.Optimizer):
     """Wraps an inner optimizer; see the module's text.
 
     Args:
-        params: stacked factors ``lora_A`` and ``lora_B``, or fp32 copies of them
+        params: the parameters of :class:`LayerAdapters`, or fp32 copies of them
         build_inner: builds the inner torch optimizer from a list of parameters
         elementwise: the inner optimizer treats every entry alike whatever its tensor; all pieces
             of a language and side are then flattened into one master. Otherwise (Adafactor's row
-            and column statistics) each piece is a matrix of its own.
+            and column statistics) each factor of each site is a matrix of its own.
         settings: the pruning options, saved with the state; plain values by name
 
     Raises:
@@ -59,20 +68,14 @@ class LanguageOptimizer(torch.optim.Optimizer):
 
     def __init__(self, params, build_inner, elementwise, settings):
         params = list(params)
-        factors = [AdapterFactor.of(p) for p in params]
-        if None in factors:
+        self.adapters = [Adapter.of(p) for p in params]
+        if None in self.adapters:
             raise ConfigError(
                 "a pruned_* optimizer trains adapters, and was given another or a flattened "
                 "parameter: with --fp16 add --fp16-no-flatten-grads; the --arch must be one of "
                 "lslora_*"
             )
         self.settings = dict(settings)
-        self.layout = factors[0].linear.layout
-        self.pieces = [
-            Piece(i, language, factor, self.layout.language_rows(language))
-            for i, factor in enumerate(factors)
-            for language in range(len(self.layout.ranks))
-        ]
         self._group(params, elementwise)
         self.inner = build_inner([master for master, _, _ in self.masters])
         hyper = {k: v for k, v in self.inner.param_groups[0].items() if k != "params"}
@@ -82,12 +85,17 @@ class LanguageOptimizer(torch.optim.Optimizer):
     def _group(self, params, elementwise):
         """Builds the masters: a list of (master, its pieces, its (side, language))."""
         groups = defaultdict(list)
-        for number, piece in enumerate(self.pieces):
-            key = (piece.factor.linear.site.side, piece.language)
-            groups[key if elementwise else (*key, number)].append(piece)
+        for number, adapter in enumerate(self.adapters):
+            key = (adapter.side, adapter.language)
+            if elementwise:
+                groups[key].append(Piece(number, adapter, slice(None)))
+                continue
+            for factors in adapter.layer.columns.values():
+                for columns in factors:
+                    groups[(*key, number, columns.start)] = [Piece(number, adapter, columns)]
         self.masters = []
         for key, pieces in groups.items():
-            weights = [params[p.param].detach()[p.rows].float() for p in pieces]
+            weights = [params[p.param].detach()[:, p.columns].float() for p in pieces]
             if elementwise:
                 master = nn.Parameter(torch.cat([w.flatten() for w in weights]))
                 views = master.detach().split([w.numel() for w in weights])
@@ -108,23 +116,14 @@ class LanguageOptimizer(torch.optim.Optimizer):
         One transfer from the device for all of them. Gradients are the same on every process
         once reduced, and so is the answer.
         """
-        params, layout = self._params, self.layout
-        device = params[0].device
-        language_of_row = torch.repeat_interleave(
-            torch.arange(len(layout.ranks)), torch.tensor(layout.ranks)
-        ).to(device)
-        touched = torch.zeros(len(SIDES), layout.total_rank, dtype=torch.bool, device=device)
-        for param, factor in zip(params, map(AdapterFactor.of, params)):
-            if param.grad is not None:
-                side = SIDES.index(factor.linear.site.side)
-                touched[side] |= (param.grad != 0).any(dim=1)
-        counts = torch.zeros(len(SIDES), len(layout.ranks), dtype=torch.long, device=device)
-        counts.index_add_(1, language_of_row, touched.long())
+        given = [(p.grad, a) for p, a in zip(self._params, self.adapters) if p.grad is not None]
+        if not given:
+            return set()
+        largest = torch._foreach_norm([grad for grad, _ in given], float("inf"))
         return {
-            (side, language)
-            for side, row in zip(SIDES, counts.tolist())
-            for language, count in enumerate(row)
-            if count
+            (adapter.side, adapter.language)
+            for size, (_, adapter) in zip(torch.stack(largest).tolist(), given)
+            if size != 0
         }
 
     @torch.no_grad()
@@ -133,20 +132,23 @@ class LanguageOptimizer(torch.optim.Optimizer):
         for group in self.inner.param_groups:
             group.update({k: v for k, v in self.param_groups[0].items() if k != "params"})
         present = self.present()
-        moved = []
-        for number, (master, pieces, key) in enumerate(self.masters):
-            master.grad = None
-            if key in present:
-                grads = [self._params[p.param].grad[p.rows].flatten() for p in pieces]
-                master.grad = torch.cat(grads).float().view_as(master)
-                moved.append(number)
+        moved = [number for number, (_, _, key) in enumerate(self.masters) if key in present]
+        for number in moved:
+            master, pieces, _ = self.masters[number]
+            grads = [self._gradient(piece).flatten() for piece in pieces]
+            master.grad = torch.cat(grads).view_as(master)
         self.inner.step()
         for number in moved:
             master, pieces, _ = self.masters[number]
             master.grad = None
             self._clear_pruned(number)
             for piece in pieces:
-                self._params[piece.param][piece.rows].copy_(piece.master)
+                self._params[piece.param][:, piece.columns].copy_(piece.master)
+
+    def _gradient(self, piece):
+        """(rank, columns) fp32; zeros in a layer where the language got none."""
+        grad = self._params[piece.param].grad
+        return torch.zeros_like(piece.master) if grad is None else grad[:, piece.columns].float()
 
     def _clear_pruned(self, number):
         """Zeroes the pruned entries of a master and of its state."""
@@ -161,43 +163,45 @@ class LanguageOptimizer(torch.optim.Optimizer):
 
     def refresh_masks(self):
         """Takes the model's masks over, after they changed or were loaded."""
+        for layer in {adapter.layer for adapter in self.adapters}:
+            layer.refresh_pruned()
         self._pruned = []
         for master, pieces, _ in self.masters:
-            pruned = torch.cat([~p.factor.mask[p.rows].flatten() for p in pieces])
-            self._pruned.append(pruned.view_as(master) if bool(pruned.any()) else None)
+            pruned = None
+            if any(piece.adapter.layer.is_pruned for piece in pieces):
+                pruned = torch.cat([~p.mask.flatten() for p in pieces]).view_as(master)
+            self._pruned.append(pruned)
 
     def scopes(self, scope, target):
-        """The pieces that share one threshold (method, section 4).
+        """What shares one threshold (method, section 4).
 
         Args:
             scope: ``language``: all entries of a language; ``layer``: all languages of a layer
             target: ``B`` or ``AB``; A and B never share a threshold, they start on other scales
 
         Returns:
-            dict of scope key -> pieces
+            dict of scope key -> pairs of weights (fp32 master) and mask, (rank, columns) views
         """
         groups = defaultdict(list)
-        for piece in self.pieces:
-            if piece.factor.factor in target:
-                site = piece.factor.linear.site
-                key = piece.language if scope == "language" else (site.stack, site.layer)
-                groups[piece.factor.factor, key].append(piece)
+        for piece in (piece for _, pieces, _ in self.masters for piece in pieces):
+            site = piece.adapter.layer.sites[0]
+            key = piece.adapter.language if scope == "language" else (site.stack, site.layer)
+            for factor in target:
+                part = piece.part(factor)
+                groups[factor, key].append((piece.master[:, part], piece.mask[:, part]))
         return groups
 
     @torch.no_grad()
     def prune(self, sparsity, scope, target):
         """Removes the smallest entries of each scope until *sparsity* of it is gone."""
-        for pieces in self.scopes(scope, target).values():
-            masks.prune(
-                [p.master for p in pieces], [p.factor.mask[p.rows] for p in pieces], sparsity
-            )
+        for pairs in self.scopes(scope, target).values():
+            masks.prune(*zip(*pairs), sparsity)
         self.refresh_masks()
         for number in range(len(self.masters)):
             self._clear_pruned(number)
-        for param in self._params:
-            factor = AdapterFactor.of(param)
-            param.masked_fill_(~factor.mask, 0)
-            factor.weight.masked_fill_(~factor.mask, 0)
+        for param, adapter in zip(self._params, self.adapters):
+            param.masked_fill_(~adapter.mask, 0)
+            adapter.weight.masked_fill_(~adapter.mask, 0)
 
     def state_dict(self):
         """The inner optimizer's state, the fp32 masters and the settings; no views of weights."""
@@ -243,5 +247,5 @@ class LanguageOptimizer(torch.optim.Optimizer):
         for (master, pieces, _), weights in zip(self.masters, state_dict["masters"]):
             master.copy_(weights)
             for piece in pieces:
-                self._params[piece.param][piece.rows].copy_(piece.master)
+                self._params[piece.param][:, piece.columns].copy_(piece.master)
         self.refresh_masks()

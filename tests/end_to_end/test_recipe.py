@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from console import finetune_args, generate_args, run
+from console import LANGS, adapters_in, finetune_args, generate_args, run
 
 import lslora_fairseq  # noqa: F401  lets torch.load read fairseq's checkpoints
 
@@ -30,23 +30,20 @@ def test_only_adapters_moved(corpus, finetuned):
     tuned = torch.load(finetuned[0])["model"]
     frozen = [key for key in tuned if key.endswith((".weight", ".bias"))]
     assert len(frozen) > 80 and all(torch.equal(tuned[key], base[key]) for key in frozen)
-    moved = [key for key in tuned if key.endswith("lora_B") and tuned[key].any()]
-    assert len(moved) == sum(key.endswith("lora_B") for key in tuned) == 3 * 5 + 2 * 8
+    adapters = adapters_in(tuned)
+    assert len(adapters) == (3 + 2) * 4
+    assert all(B.any() for _, B, _, _ in adapters.values())
 
 
 def test_every_language_ends_at_the_final_sparsity(finetuned):
     model = torch.load(finetuned[0])["model"]
-    ranks = (2, 2, 4, 4)  # de en fr ja
-    for language in range(4):
-        start = sum(ranks[:language])
-        rows = slice(start, start + ranks[language])
-        masks = [v[rows] for k, v in model.items() if k.endswith("lora_B_mask")]
-        weights = [v[rows] for k, v in model.items() if k.endswith("lora_B")]
-        kept = sum(int(m.sum()) for m in masks)
-        entries = sum(m.numel() for m in masks)
+    for language in LANGS.split(","):
+        own = [found for (_, code), found in adapters_in(model).items() if code == language]
+        assert all(mask_A.all() for _, _, mask_A, _ in own)
+        assert all(not B[~mask].any() for _, B, _, mask in own)
+        entries = sum(mask.numel() for _, _, _, mask in own)
+        kept = sum(int(mask.sum()) for _, _, _, mask in own)
         assert entries - kept == int(0.9 * entries + 0.5)
-        assert all(not w[~m].any() for w, m in zip(weights, masks))
-    assert all(v.all() for k, v in model.items() if k.endswith("lora_A_mask"))
 
 
 @pytest.mark.parametrize("source, target", [("en", "fr"), ("ja", "en")])
@@ -76,9 +73,10 @@ def test_interactive_gives_the_hypotheses_of_generate(corpus, finetuned):
 def test_the_adapters_matter_and_differ_by_language(corpus, finetuned, tmp_path):
     """Swapping two languages' adapters in the checkpoint changes what is decoded."""
     state = torch.load(finetuned[0])
-    for key, value in state["model"].items():
-        if key.endswith("lora_B"):
-            value[4:8], value[8:12] = value[8:12].clone(), value[4:8].clone()  # fr <-> ja
+    model = state["model"]
+    for key in [key for key in model if key.endswith(".lora_fr")]:
+        other = key.replace("lora_fr", "lora_ja")
+        model[key], model[other] = model[other], model[key]
     torch.save(state, tmp_path / "swapped.pt")
     scores = {}
     for name, path in (("own", finetuned[0]), ("swapped", tmp_path / "swapped.pt")):

@@ -5,37 +5,70 @@ import torch
 from torch import nn
 
 from lslora_fairseq.lora import routing
-from lslora_fairseq.lora.linear import AdapterFactor, LSLoLinear, apply_linears
+from lslora_fairseq.lora.adapters import LayerAdapters
+from lslora_fairseq.lora.linear import LSLoLinear, apply_linears
 from lslora_fairseq.lora.plan import Site
-from lslora_fairseq.lora.routing import AdapterLayout, RouteSlot
+from lslora_fairseq.lora.routing import AdapterLayout, Present, RouteSlot
 
 RANKS = (1, 3, 2)
+CODES = ("de", "en", "fr")
 UNSORTED = [2, 0, 1, 0, 2]
 SORTED = [0, 0, 1, 2, 2]
 
 
 @pytest.fixture(params=[16, 3, 1], ids=lambda columns: f"blocks of {columns}", autouse=True)
 def block_rank(request, monkeypatch):
-    """The languages of a sorted batch in one block, in two, and each in its own."""
+    """The languages of a batch in one block, in two, and each in its own; where the batch is not
+    sorted, in one block or with gathered rows."""
     monkeypatch.setattr(routing, "BLOCK_RANK", request.param)
+    monkeypatch.setattr(routing, "UNSORTED_RANK", request.param)
 
 
 def route(layout, ids):
-    """In both formulations: shared blocks where the sentences are sorted, else gathered rows."""
     lang_ids = torch.tensor(ids)
-    return layout.sorted(lang_ids) if ids == sorted(ids) else layout.gathered(lang_ids)
+    present = Present(layout, lang_ids)
+    return present.sorted(lang_ids) if ids == sorted(ids) else present.unsorted(lang_ids)
 
 
-def make(ids, n_in=6, n_out=5, site_in=None, site_out=None, alphas=RANKS, bias=True, **kwargs):
-    """A linear with random adapters, routed for sentences of the languages *ids*."""
-    site = Site("encoder", 0, "fc1", "source", site_in or n_in, site_out or n_out)
+def site(module, n_in, n_out):
+    return Site("encoder", 0, module, "source", n_in, n_out)
+
+
+def make(
+    ids, n_in=6, n_out=5, site_in=None, site_out=None, alphas=RANKS, bias=True, n_more=0, **kwargs
+):
+    """A linear with random adapters, routed for sentences of the languages *ids*.
+
+    With *n_more*, a second one of that output size in the same layer: a list of both.
+    """
+    sites = [site("fc1", site_in or n_in, site_out or n_out)]
+    sites += [site("fc2", n_in, n_more)] if n_more else []
     layout = AdapterLayout(RANKS, alphas)
     slot = RouteSlot()
-    slot.routes = {"source": route(layout, ids)}
-    linear = LSLoLinear(nn.Linear(n_in, n_out, bias=bias), site, layout, slot, **kwargs)
+    slot.fill({"source": route(layout, ids)})
+    adapters = LayerAdapters(sites, CODES, RANKS, torch.zeros(1))
     with torch.no_grad():
-        linear.lora_B.normal_()
-    return linear
+        for param in adapters.parameters():
+            param[:, adapters.width_A :].normal_()
+    linears = [
+        LSLoLinear(nn.Linear(n_in, size, bias=bias), where, adapters, layout, slot, **kwargs)
+        for where, size in zip(sites, (n_out, n_more))
+    ]
+    return linears if n_more else linears[0]
+
+
+def parameters(linear):
+    return list(linear.adapters.parameters())
+
+
+def gradients(linear):
+    """The gradients of A and of B of each language; None where there is none."""
+    found = []
+    for language in range(3):
+        grad = linear.adapters.weight(language).grad
+        columns = linear.adapters.columns[linear.site.module]
+        found.append([None if grad is None else grad[:, part] for part in columns])
+    return found
 
 
 def by_formula(linear, x, ids):
@@ -56,8 +89,8 @@ def test_output_is_the_formula(ids, alphas, bias):
 
 def test_delta_weight_scales_by_alpha_over_rank():
     linear = make([1], alphas=(1, 6, 2))
-    rows = slice(1, 4)
-    expected = 6 / 3 * linear.lora_B[rows].T @ linear.lora_A[rows]
+    A, B = linear.factors(1)
+    expected = 6 / 3 * B.T @ A
     torch.testing.assert_close(linear.delta_weight(1), expected)
 
 
@@ -78,50 +111,50 @@ def test_square_shape_ignores_the_rest_of_the_input():
     assert not linear.delta_weight(1)[:, 4:].any()
 
 
-def test_fresh_adapter_is_zero_and_a_is_kaiming():
+def test_a_fresh_adapter_changes_no_bit():
     linear = make([0])
-    fresh = LSLoLinear(nn.Linear(6, 5), linear.site, linear.layout, linear.slot)
-    assert not fresh.lora_B.any()
-    bound = 6**-0.5  # Kaiming-uniform with a = √5
-    assert 0.8 * bound < fresh.lora_A.abs().max() <= bound
+    for language in range(3):
+        linear.factors(language)[1].data.zero_()
     x = torch.randn(3, 1, 6)
-    assert torch.equal(fresh(x), nn.functional.linear(x, fresh.weight, fresh.bias))
+    assert torch.equal(linear(x), nn.functional.linear(x, linear.weight, linear.bias))
 
 
 @pytest.mark.parametrize("ids", [[2, 0, 1, 2], [0, 1, 2, 2]])
 @pytest.mark.parametrize("site_in, site_out", [(None, None), (3, 3)])
 def test_gradcheck(ids, site_in, site_out):
     linear = make(ids, site_in=site_in, site_out=site_out, alphas=(2.0, 1.0, 5.0)).double()
+    linear.adapters.double()
     linear.layout.double()
-    linear.slot.routes = {"source": route(linear.layout, ids)}
+    routes = {"source": route(linear.layout, ids)}
     x = torch.randn(3, 4, 6, dtype=torch.double, requires_grad=True)
 
-    def function(x, A, B):
-        return torch.func.functional_call(linear, {"lora_A": A, "lora_B": B}, (x,))
+    def function(x, *adapters):
+        linear.slot.fill(routes)
+        return linear(x)
 
-    factors = [f.detach().clone().requires_grad_() for f in (linear.lora_A, linear.lora_B)]
-    assert torch.autograd.gradcheck(function, (x, *factors))
+    assert torch.autograd.gradcheck(function, (x, *parameters(linear)))
 
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_gradients_reach_only_the_languages_present(count):
     linear = make([0, 2, 2, 0][:count])
     linear(torch.randn(3, count, 6)).square().sum().backward()
-    for factor in (linear.lora_A, linear.lora_B):
-        touched = factor.grad.ne(0).any(1)
-        assert touched.tolist() == [True, False, False, False, True, True]
+    for language, grads in enumerate(gradients(linear)):
+        for grad in grads:
+            assert grad is None if language == 1 else grad.ne(0).any(1).all()
     assert linear.weight.grad is None and linear.bias.grad is None
 
 
 @pytest.mark.parametrize("ids", [[0, 1, 2], [2, 1, 0]])
 def test_a_pruned_entry_gets_no_gradient(ids):
     linear = make(ids)
-    linear.lora_B_mask[2, 3] = False
-    linear.lora_A_mask[0, 1] = False
+    linear.masks(1)[1][1, 3] = False
+    linear.masks(0)[0][0, 1] = False
+    linear.adapters.refresh_pruned()
     linear(torch.randn(3, 3, 6)).square().sum().backward()
-    assert linear.lora_B.grad[2, 3] == 0 and linear.lora_A.grad[0, 1] == 0
-    assert linear.lora_B.grad.ne(0).sum() == linear.lora_B.numel() - 1
-    assert linear.lora_A.grad.ne(0).sum() == linear.lora_A.numel() - 1
+    for language, grads in enumerate(gradients(linear)):
+        for grad, mask in zip(grads, linear.masks(language)):
+            assert torch.equal(grad.ne(0), mask)
 
 
 def test_dropout_acts_on_the_adapters_alone_and_in_training_alone():
@@ -136,8 +169,9 @@ def test_dropout_acts_on_the_adapters_alone_and_in_training_alone():
         base + by_formula(linear, z, [0, 1]) - nn.functional.linear(z, linear.weight, linear.bias)
     )
     torch.testing.assert_close(dropped, expected, atol=1e-5, rtol=1e-5)
-    grads = torch.autograd.grad(dropped.square().sum(), (x, linear.lora_A))
-    expected_grads = torch.autograd.grad(expected.square().sum(), (x, linear.lora_A))
+    trained = parameters(linear)[:2]
+    grads = torch.autograd.grad(dropped.square().sum(), (x, *trained))
+    expected_grads = torch.autograd.grad(expected.square().sum(), (x, *trained))
     torch.testing.assert_close(grads, expected_grads, atol=1e-4, rtol=1e-4)
     linear.eval()
     torch.testing.assert_close(linear(x), by_formula(linear, x, [0, 1]), atol=1e-5, rtol=1e-5)
@@ -156,28 +190,27 @@ def test_autocast_computes_in_half_and_keeps_fp32_gradients(dtype):
     x = torch.randn(4, 3, 6)
     expected = linear(x)
     expected.sum().backward()
-    exact = linear.lora_B.grad.clone()
-    linear.lora_B.grad = None
+    exact = [p.grad for p in parameters(linear)]
+    for param in parameters(linear):
+        param.grad = None
+    linear.slot.fill(linear.slot.routes)
     with torch.autocast("cpu", dtype):
         y = linear(x)
     assert y.dtype == dtype
     y.float().sum().backward()
-    assert linear.lora_B.grad.dtype == torch.float32
+    assert all(p.grad.dtype == torch.float32 for p in parameters(linear))
     # bf16 keeps 8 bits of the mantissa
     torch.testing.assert_close(y.float(), expected, atol=0.05, rtol=0.05)
-    torch.testing.assert_close(linear.lora_B.grad, exact, atol=0.1, rtol=0.05)
+    torch.testing.assert_close([p.grad for p in parameters(linear)], exact, atol=0.1, rtol=0.05)
 
 
 @pytest.mark.parametrize("ids", [UNSORTED, SORTED])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_linears_of_one_input_together_equal_each_alone(ids, dropout):
     """q, k and v, of which one has no adapters and all outputs differ in size."""
-    first = make(ids, n_out=5, dropout=dropout)
-    third = make(ids, n_out=7, dropout=dropout)
-    third.slot = first.slot
+    first, third = make(ids, n_out=5, n_more=7, dropout=dropout)
     linears = (first, nn.Linear(6, 4).requires_grad_(False), third)
     x = torch.randn(len(ids), 4, 6, requires_grad=True)
-    adapters = [f for lin in (first, third) for f in (lin.lora_A, lin.lora_B)]
     torch.manual_seed(5)
     together = apply_linears(x, linears)
     alone = []
@@ -186,7 +219,7 @@ def test_linears_of_one_input_together_equal_each_alone(ids, dropout):
         alone += apply_linears(x, (linear,))
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
     grads = [
-        torch.autograd.grad(sum(out.square().sum() for out in outs), (x, *adapters))
+        torch.autograd.grad(sum(out.square().sum() for out in outs), (x, *parameters(first)))
         for outs in (together, alone)
     ]
     torch.testing.assert_close(*grads, atol=1e-4, rtol=1e-4)
@@ -201,14 +234,42 @@ def test_outputs_are_contiguous_batch_first():
 
 def test_missing_languages_are_an_error():
     linear = make([0])
-    linear.slot.routes = {}
+    linear.slot.fill({})
     with pytest.raises(RuntimeError, match="source_lang_ids"):
         linear(torch.randn(2, 1, 6))
 
 
-def test_only_the_factors_train_and_are_known_to_the_optimizer():
+def test_the_linear_itself_is_frozen():
     linear = make([0])
-    trained = {name for name, p in linear.named_parameters() if p.requires_grad}
-    assert trained == {"lora_A", "lora_B"}
-    assert AdapterFactor.of(linear.lora_B).mask is linear.lora_B_mask
-    assert AdapterFactor.of(linear.weight) is None
+    assert not any(p.requires_grad for p in linear.parameters())
+
+
+@pytest.mark.parametrize("ids", [UNSORTED, SORTED])
+def test_a_linear_that_is_left_out_has_zero_gradients(ids):
+    """Its columns of the shared buffer are not left as they were in memory."""
+    first, second = make(ids, n_more=7)
+    x = torch.randn(4, len(ids), 6)
+    second(x)
+    first(x).sum().backward()
+    assert all(grad.any() for grads in gradients(first) for grad in grads)
+    assert not any(grad.any() for grads in gradients(second) for grad in grads)
+
+
+@pytest.mark.parametrize("ids", [UNSORTED, SORTED])
+def test_gradients_add_up(ids):
+    """A linear that is used twice, two backward passes, and one that stops before the adapters."""
+    linear = make(ids)
+    x, other = torch.randn(2, 4, len(ids), 6)
+    x.requires_grad_()
+
+    def loss(*inputs):
+        return sum(linear(i).square().sum() for i in inputs)
+
+    once = [torch.autograd.grad(loss(i), parameters(linear)) for i in (x, other)]
+    expected = [a + b for a, b in zip(*once)]
+    both = loss(x, other)
+    torch.autograd.grad(both, x, retain_graph=True)
+    torch.testing.assert_close(
+        list(torch.autograd.grad(both, parameters(linear), retain_graph=True)), expected
+    )
+    torch.testing.assert_close(list(torch.autograd.grad(both, parameters(linear))), expected)

@@ -1,38 +1,31 @@
-"""How languages are stacked, and the rows and scaling of each sentence."""
+"""How the languages of a batch are stacked, and the rows and scaling of each sentence."""
 
 import pytest
 import torch
 
 from lslora_fairseq.lora import routing
-from lslora_fairseq.lora.routing import AdapterLayout, RouteSlot, without_beams
+from lslora_fairseq.lora.routing import AdapterLayout, Block, Present, Route, RouteSlot
 
-# de owns row 0, en rows 1-3, fr rows 4-5
-LAYOUT = AdapterLayout((1, 3, 2), (1, 6, 1))
-
-
-def test_languages_own_consecutive_rows():
-    assert LAYOUT.ranks == (1, 3, 2)
-    assert LAYOUT.offsets == (0, 1, 4)
-    assert LAYOUT.total_rank == 6
-    assert [LAYOUT.language_rows(i) for i in range(3)] == [slice(0, 1), slice(1, 4), slice(4, 6)]
+LAYOUT = AdapterLayout((1, 3, 2, 1), (1, 6, 1, 1))  # de en fr ja
 
 
-def test_a_short_language_repeats_its_last_row_with_no_weight():
-    assert LAYOUT.rows.tolist() == [[0, 0, 0], [1, 2, 3], [4, 5, 5]]
-    assert LAYOUT.scaling.tolist() == [[1, 0, 0], [2, 2, 2], [0.5, 0.5, 0]]
+def present(ids):
+    lang_ids = torch.tensor(ids)
+    return Present(LAYOUT, lang_ids), lang_ids
 
 
-def test_a_gathered_route_looks_up_each_sentence():
-    (block,) = LAYOUT.gathered(torch.tensor([2, 0, 1, 2]))
-    assert (block.start, block.stop) == (0, 4)
-    assert block.rows.tolist() == [[4, 5, 5], [0, 0, 0], [1, 2, 3], [4, 5, 5]]
-    assert block.scaling.squeeze(1).tolist() == [[0.5, 0.5, 0], [1, 0, 0], [2, 2, 2], [0.5, 0.5, 0]]
+def test_the_languages_present_are_stacked_in_ascending_order():
+    languages, _ = present([2, 0, 2, 2])
+    assert languages.languages == (0, 2) and languages.ranks == [1, 2]
+    assert languages.owners.tolist() == [0, 2, 2]
+    assert languages.row_scaling.tolist() == [1, 0.5, 0.5]
 
 
 def test_a_sorted_route_shares_the_rows_of_neighbouring_languages():
-    (block,) = LAYOUT.sorted(torch.tensor([0, 1, 1, 2]))
-    assert (block.start, block.stop) == (0, 4)
-    assert block.rows.tolist() == [0, 1, 2, 3, 4, 5]
+    languages, ids = present([0, 1, 1, 2])
+    (block,) = languages.sorted(ids).blocks
+    assert (block.start, block.stop, block.rows) == (0, 4, slice(0, 6))
+    assert not block.gathers
     assert block.scaling.squeeze(1).tolist() == [
         [1, 0, 0, 0, 0, 0],
         [0, 2, 2, 2, 0, 0],
@@ -44,42 +37,70 @@ def test_a_sorted_route_shares_the_rows_of_neighbouring_languages():
 @pytest.mark.parametrize(
     "columns, expected",
     [
-        (6, [(0, 5, [0, 1, 2, 3, 4, 5])]),
-        (4, [(0, 3, [0, 1, 2, 3]), (3, 5, [4, 5])]),
-        (1, [(0, 2, [0]), (2, 3, [1, 2, 3]), (3, 5, [4, 5])]),
+        (6, [(0, 5, 0, 6)]),
+        (5, [(0, 3, 0, 4), (3, 5, 4, 6)]),
+        (4, [(0, 3, 0, 4), (3, 5, 4, 6)]),
+        (1, [(0, 2, 0, 1), (2, 3, 1, 4), (3, 5, 4, 6)]),
     ],
 )
 def test_a_block_ends_before_its_languages_have_too_many_columns(monkeypatch, columns, expected):
     monkeypatch.setattr(routing, "BLOCK_RANK", columns)
-    route = LAYOUT.sorted(torch.tensor([0, 0, 1, 2, 2]))
-    assert [(b.start, b.stop, b.rows.tolist()) for b in route] == expected
-    assert [b.scaling.size(0) for b in route] == [b.stop - b.start for b in route]
+    languages, ids = present([0, 0, 1, 2, 2])
+    blocks = languages.sorted(ids).blocks
+    assert [(b.start, b.stop, b.rows.start, b.rows.stop) for b in blocks] == expected
+    for block in blocks:
+        columns = block.rows.stop - block.rows.start
+        assert block.scaling.shape == (block.stop - block.start, 1, columns)
 
 
 def test_languages_absent_from_the_batch_cost_nothing():
-    (block,) = LAYOUT.sorted(torch.tensor([0, 2]))
-    assert block.rows.tolist() == [0, 4, 5]
+    languages, ids = present([0, 2])
+    (block,) = languages.sorted(ids).blocks
+    assert block.rows == slice(0, 3)
+
+
+def test_an_unsorted_route_shares_all_rows_while_they_are_few():
+    languages, ids = present([2, 0, 2])
+    (block,) = languages.unsorted(ids).blocks
+    assert (block.start, block.stop, block.rows) == (0, 3, slice(0, 3))
+    assert block.scaling.squeeze(1).tolist() == [[0, 0.5, 0.5], [1, 0, 0], [0, 0.5, 0.5]]
+
+
+def test_an_unsorted_route_looks_up_each_sentence_otherwise(monkeypatch):
+    """A short language repeats its last row with no weight."""
+    monkeypatch.setattr(routing, "UNSORTED_RANK", 5)
+    languages, ids = present([2, 0, 1, 2])
+    (block,) = languages.unsorted(ids).blocks
+    assert (block.start, block.stop) == (0, 4) and block.gathers
+    assert block.rows.tolist() == [[4, 5, 5], [0, 0, 0], [1, 2, 3], [4, 5, 5]]
+    assert block.scaling.squeeze(1).tolist() == [[0.5, 0.5, 0], [1, 0, 0], [2, 2, 2], [0.5, 0.5, 0]]
+    # later steps of a beam search have fewer sentences
+    (block,) = languages.unsorted(torch.tensor([1])).blocks
+    assert block.rows.tolist() == [[1, 2, 3]]
 
 
 @pytest.mark.parametrize("batch, expected", [(6, [0, 1, 2, 3, 4, 5]), (3, [0, 2, 4]), (1, [0])])
 def test_without_beams_keeps_one_row_for_the_beams_of_a_sentence(batch, expected):
     numbers = torch.arange(6).unsqueeze(1)
-    block = routing.Block(0, 6, numbers, numbers + 10.0)
-    (reduced,) = without_beams((block,), batch)
-    assert (reduced.start, reduced.stop) == (0, batch)
-    assert reduced.rows.flatten().tolist() == expected
-    assert reduced.scaling.flatten().tolist() == [n + 10 for n in expected]
+    for rows in (numbers, slice(0, 1)):
+        route = Route(None, (Block(0, 6, rows, numbers + 10.0),))
+        (reduced,) = route.without_beams(batch).blocks
+        assert (reduced.start, reduced.stop) == (0, batch)
+        assert reduced.scaling.flatten().tolist() == [n + 10 for n in expected]
+        if reduced.gathers:
+            assert reduced.rows.flatten().tolist() == expected
 
 
 def test_the_layout_follows_the_model_and_stays_out_of_checkpoints():
     assert LAYOUT.state_dict() == {}
-    moved = AdapterLayout((1, 2), (1, 2)).to("meta")
-    assert moved.rows.device.type == moved.scaling.device.type == "meta"
-    half = AdapterLayout((1, 2), (1, 2)).half()
-    assert half.scaling.dtype == torch.half and half.rows.dtype == torch.long
+    assert AdapterLayout((1, 2), (1, 2)).to("meta").scaling.device.type == "meta"
+    assert AdapterLayout((1, 2), (1, 2)).half().scaling.dtype == torch.half
 
 
-def test_slots_are_independent():
+def test_a_slot_that_is_filled_again_forgets_its_stacks():
     first, second = RouteSlot(), RouteSlot()
-    first.routes["source"] = "here"
-    assert second.routes == {}
+    first.fill({"source": "here"})
+    first.stacks["layer"] = "stack"
+    assert second.routes == second.stacks == {}
+    first.fill({})
+    assert first.routes == first.stacks == {}

@@ -172,12 +172,12 @@ def test_take_rows_keeps_the_precision_of_the_base():
 @pytest.mark.parametrize(
     "key, expected",
     [
-        ("encoder.layers.0.fc1.lora_A", True),
-        ("lora_B_mask", True),
-        ("decoder.layers.1.encoder_attn.q_proj.lora_B", True),
-        ("encoder.layers.0.fc1.lora_A_mask", True),
-        ("encoder.lora_A.weight", False),
-        ("encoder.xlora_A", False),
+        ("encoder.layers.0.source_adapters.lora_en", True),
+        ("decoder.layers.1.target_adapters.mask", True),
+        ("target_adapters.lora_zh-Hans", True),
+        ("encoder.xsource_adapters.lora_en", False),
+        ("encoder.source_adapters.0.weight", False),
+        ("mask", False),
         ("encoder.layers.0.fc1.weight", False),
     ],
 )
@@ -207,12 +207,13 @@ def test_keys_that_do_not_fit_are_listed_with_the_remedy():
 
 
 def test_adapters_that_do_not_fit_have_a_remedy_of_their_own():
-    own = state(fc1__lora_A=(2, 3), fc1__lora_B=(2, 3))
-    found = state(fc1__lora_A=(4, 3), fc2__lora_B=(2, 3))
+    own = {f"source_adapters.{k}": v for k, v in state(lora_en=(2, 3), lora_fr=(2, 3)).items()}
+    found = {f"source_adapters.{k}": v for k, v in state(lora_en=(4, 3), lora_de=(2, 3)).items()}
     message = (
-        "the checkpoint does not fit this model: fc1.lora_B: missing; fc2.lora_B: not in this "
-        "model; fc1.lora_A: (4, 3) in the checkpoint, (2, 3) here: its adapters do not fit: give "
-        "the --lora-* options and index sides it was trained with, or none of them"
+        "the checkpoint does not fit this model: source_adapters.lora_fr: missing; "
+        "source_adapters.lora_de: not in this model; source_adapters.lora_en: (4, 3) in the "
+        "checkpoint, (2, 3) here: its adapters do not fit: give the --lora-* options and index "
+        "sides it was trained with, or none of them"
     )
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         check_keys(own, found, "the checkpoint", "big")

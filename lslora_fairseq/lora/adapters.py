@@ -1,0 +1,204 @@
+"""The adapters of all languages in one layer, and their gradients.
+
+A language owns one matrix per layer and index side: the factors A and B of all sites side by side,
+so that an optimizer meets few tensors, and none of a language that is absent from the update.
+"""
+
+import math
+from operator import itemgetter
+
+import torch
+from torch import nn
+
+
+class LayerAdapters(nn.Module):
+    """One parameter ``lora_<code>`` (rank, features) per language, for the sites of one layer.
+
+    Its first columns are A (rank, in) of every site, the others B (rank, out). A is
+    Kaiming-uniform (a = √5) and B zero: a fresh adapter changes nothing. The buffer ``mask``
+    (rows of all languages, features) is False where an entry is pruned; call
+    :meth:`refresh_pruned` after changing it.
+
+    Args:
+        sites: the sites of one layer that one side indexes
+        codes: the languages, in the inventory's order
+        ranks: rank of each language
+        like: a tensor that sets dtype and device
+
+    Attributes:
+        columns: module name of a site -> (slice of A, slice of B)
+        width_A: number of columns that belong to A
+    """
+
+    def __init__(self, sites, codes, ranks, like):
+        super().__init__()
+        self.sites, self.ranks = tuple(sites), tuple(ranks)
+        self.side = sites[0].side
+        self.width_A = sum(site.in_features for site in sites)
+        a, b, self.columns = 0, self.width_A, {}
+        for site in sites:
+            self.columns[site.module] = (
+                slice(a, a + site.in_features),
+                slice(b, b + site.out_features),
+            )
+            a, b = a + site.in_features, b + site.out_features
+        self.offsets = tuple(sum(ranks[:i]) for i in range(len(ranks)))
+        for language, (code, rank) in enumerate(zip(codes, ranks)):
+            weight = like.new_zeros(rank, b)
+            for columns, _ in self.columns.values():
+                nn.init.kaiming_uniform_(weight[:, columns], a=math.sqrt(5))
+            param = nn.Parameter(weight)
+            param.param_group = Adapter(self, language)
+            self.register_parameter(f"lora_{code}", param)
+        mask = torch.ones(sum(ranks), b, dtype=torch.bool, device=like.device)
+        self.register_buffer("mask", mask)
+        self.is_pruned = False
+
+    def weight(self, language):
+        """The parameter of a language (its index): (rank, features)."""
+        return tuple(self._parameters.values())[language]
+
+    def rows(self, language):
+        """The rows of :attr:`mask` that a language owns."""
+        start = self.offsets[language]
+        return slice(start, start + self.ranks[language])
+
+    def refresh_pruned(self):
+        """Takes note of whether any entry is pruned, after the mask changed."""
+        self.is_pruned = not bool(self.mask.all())
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        self.refresh_pruned()
+
+    def stack(self, present, dtype=None):
+        """The adapters of the languages present, one below the other.
+
+        Args:
+            present: the batch's :class:`~lslora_fairseq.lora.routing.Present`
+            dtype: computes in this dtype; None for that of the parameters
+
+        Returns:
+            (rows, features) and its :class:`StackGradient`
+        """
+        weights = _pick(tuple(self._parameters.values()), present.languages)
+        gradient = StackGradient(self, present.languages)
+        return _Stacked.apply(gradient, dtype or weights[0].dtype, *weights), gradient
+
+    def pruned_rows(self, languages):
+        """(rows, features) of their stack; True marks a pruned entry."""
+        rows = _pick(self.mask.split(self.ranks), languages)
+        return torch.cat(rows).logical_not_()
+
+
+def _pick(items, numbers):
+    picked = itemgetter(*numbers)(items)
+    return picked if len(numbers) > 1 else (picked,)
+
+
+class StackGradient:
+    """The gradient of a layer's stacked adapters, gathered in one buffer.
+
+    Autograd would add up a full-size gradient from each linear of the layer. Here the linear whose
+    backward comes first hands autograd the buffer, and each fills in its columns before the
+    stack's own backward, which waits for all of them, reads it.
+    """
+
+    def __init__(self, adapters, languages):
+        self.adapters, self.languages = adapters, languages
+        self._task = self._buffer = None
+        self._written = set()
+
+    def columns(self, modules, stack):
+        """Where linears write their columns.
+
+        Args:
+            modules: names of their sites' modules, the same ones together every time
+            stack: (rows, features) the stacked adapters
+
+        Returns:
+            :class:`ColumnGradient`
+        """
+        task = torch._C._current_graph_task_id()
+        new = task != self._task  # another backward pass starts afresh
+        if new:
+            self._task, self._written, self._buffer = task, set(), torch.empty_like(stack)
+        columns = [part for module in modules for part in self.adapters.columns[module]]
+        is_written = self._written.issuperset(modules)
+        self._written.update(modules)
+        return ColumnGradient(self._buffer, columns, is_written, self._buffer if new else None)
+
+    def finish(self, grad):
+        """Zeroes what no linear wrote and what is pruned; lets go of the buffer."""
+        for module, columns in self.adapters.columns.items():
+            if module not in self._written:
+                for part in columns:
+                    grad[:, part].zero_()
+        if self.adapters.is_pruned:
+            grad.masked_fill_(self.adapters.pruned_rows(self.languages), 0)
+        self._task = self._buffer = None
+
+
+class ColumnGradient:
+    """Some linears' columns of a stack's gradient.
+
+    Attributes:
+        buffer: (rows, features), the gradient of the whole stack
+        beta: 1.0 if the columns hold something to add to, else 0.0
+        handed: what the linears' backward hands to autograd: the buffer, or None if another did
+    """
+
+    def __init__(self, buffer, columns, is_written, handed):
+        self.buffer, self.beta, self.handed = buffer, float(is_written), handed
+        self._columns = columns
+
+    def start_from_zero(self):
+        """Makes the columns ready for sums; they are uninitialised at first."""
+        if not self.beta:
+            for part in self._columns:
+                self.buffer[:, part].zero_()
+            self.beta = 1.0
+
+
+class _Stacked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gradient, dtype, *weights):
+        ctx.gradient, ctx.dtype = gradient, weights[0].dtype
+        ctx.ranks = [w.size(0) for w in weights]
+        return torch.cat(weights).to(dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.gradient.finish(grad)
+        return None, None, *grad.to(ctx.dtype).split(ctx.ranks)
+
+
+class Adapter:
+    """One language's adapter in one layer, as an optimizer sees it.
+
+    It is kept on the parameter under the attribute ``param_group``: fairseq's fp16 optimizer
+    replaces parameters by fp32 copies, and this is one of the few attributes that it carries over.
+    """
+
+    def __init__(self, layer, language):
+        self.layer, self.language = layer, language
+
+    @property
+    def side(self):
+        return self.layer.side
+
+    @property
+    def mask(self):
+        """(rank, features) bool; False marks a pruned entry."""
+        return self.layer.mask[self.layer.rows(self.language)]
+
+    @property
+    def weight(self):
+        """The parameter inside the model (fp16 where the optimizer holds an fp32 copy)."""
+        return self.layer.weight(self.language)
+
+    @classmethod
+    def of(cls, param):
+        """The adapter of a parameter or of its fp32 copy; None for any other parameter."""
+        adapter = getattr(param, "param_group", None)
+        return adapter if isinstance(adapter, cls) else None
