@@ -215,11 +215,11 @@ class LSLoLinear(nn.Linear):
         return tuple(mask[:, columns] for columns in self.adapters.columns[self.site.module])
 
     def delta_weight(self, language):
-        """ΔW of one language (its index): (out, in), zero outside the adapted part."""
-        A, B = self.factors(language)
-        delta = torch.zeros_like(self.weight)
+        """ΔW of one language (its index): (out, in) fp32, zero outside the adapted part."""
+        A, B = (factor.float() for factor in self.factors(language))
+        delta = torch.zeros_like(self.weight, dtype=torch.float)
         delta[: self.site.out_features, : self.site.in_features] = (
-            self.layout.scaling[language] * B.T @ A
+            self.layout.scaling[language].float() * B.T @ A
         )
         return delta
 

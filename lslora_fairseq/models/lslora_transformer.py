@@ -5,6 +5,7 @@ Language ids travel with the tensors they index: in ``net_input`` to the encoder
 the encoder output, and activation checkpointing hands each layer its own batch's again.
 """
 
+import itertools
 import logging
 from contextlib import contextmanager
 
@@ -23,6 +24,7 @@ from lslora_fairseq.config import LORA_FIELDS, LSLoConfig, resolve
 from lslora_fairseq.errors import ConfigError, one_line_errors
 from lslora_fairseq.lora.adapters import LayerAdapters
 from lslora_fairseq.lora.linear import LSLoLinear
+from lslora_fairseq.lora.merge import merged
 from lslora_fairseq.lora.plan import MODULES, SIDES
 from lslora_fairseq.lora.routing import AdapterLayout, Present, RouteSlot
 from lslora_fairseq.models.layers import (
@@ -112,6 +114,8 @@ def _maybe_checkpointed(layer, cfg):
 
 
 class LSLoTransformerEncoder(_RoutedStack, TransformerEncoderBase):
+    merged = {}  # side -> the language whose adapters were merged into the weights
+
     def build_encoder_layer(self, cfg):
         return _maybe_checkpointed(LSLoTransformerEncoderLayer(cfg, return_fc=self.return_fc), cfg)
 
@@ -136,8 +140,17 @@ class LSLoTransformerEncoder(_RoutedStack, TransformerEncoderBase):
 
         Returns:
             fairseq's encoder_out with the ids beside it, each in a list (empty for None)
+
+        Raises:
+            RuntimeError: other languages than those merged into the weights.
         """
         ids = dict(zip(SIDES, (source_lang_ids, target_lang_ids)))
+        for side, language in self.merged.items():
+            if ids[side] is not None and (ids[side] != language).any():
+                raise RuntimeError(
+                    f"the adapters of one {side} language were merged into the weights, and the "
+                    "batch has another: load the checkpoint anew for another direction"
+                )
         order = self.order(ids)
         if order is None:
             out = super().forward(src_tokens, src_lengths, return_all_hiddens, token_embeddings)
@@ -321,6 +334,32 @@ class LSLoTransformerModel(TransformerModel):
     @property
     def languages(self):
         return self.plan.languages
+
+    def prepare_for_inference_(self, cfg):
+        """As fairseq's; adapters are merged where the direction to decode is known."""
+        super().prepare_for_inference_(cfg)
+        direction = [getattr(cfg.task, f"{side}_lang", None) for side in SIDES]
+        if all(code in self.languages for code in direction):
+            self.merge(*map(self.languages.index, direction))
+
+    def merge(self, source, target):
+        """Folds the adapters of one direction into the weights, for decoding at the base model's
+        speed; those of all languages are gone afterwards.
+
+        Args:
+            source, target: language indices
+        """
+        direction = dict(zip(SIDES, (source, target)))
+        for linear in self.adapted_linears():
+            parent_name, _, name = linear.site.name.rpartition(".")
+            plain = merged(linear, direction[linear.site.side])
+            setattr(self.get_submodule(parent_name), name, plain)
+        for stack in (self.encoder, self.decoder):
+            stack.sides = []
+            for layer, side in itertools.product(stack.layers, SIDES):
+                layer._modules.pop(f"{side}_adapters", None)
+        needed = {site.side for site in self.plan.sites}
+        self.encoder.merged = {side: direction[side] for side in SIDES if side in needed}
 
     def adapted_linears(self):
         """Every :class:`LSLoLinear`, in the plan's order."""

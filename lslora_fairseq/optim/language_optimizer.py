@@ -72,8 +72,8 @@ class LanguageOptimizer(torch.optim.Optimizer):
         if None in self.adapters:
             raise ConfigError(
                 "a pruned_* optimizer trains adapters, and was given another or a flattened "
-                "parameter: with --fp16 add --fp16-no-flatten-grads; the --arch must be one of "
-                "lslora_*"
+                "parameter: the --arch must be one of lslora_*, and the option "
+                "--fp16-no-flatten-grads on"
             )
         self.settings = dict(settings)
         self._group(params, elementwise)

@@ -62,6 +62,8 @@ class PrunedOptimizer(FairseqOptimizer):
         else:
             OPTIMIZER_REGISTRY[cls.inner].add_args(parser)
         gen_parser_from_dataclass(parser, PruningConfig())
+        # flattened, the languages could not be told apart
+        parser.set_defaults(fp16_no_flatten_grads=True)
 
     def prune_at(self, epoch, update):
         """Brings the masks to the schedule's share at this epoch (from 1) and update (from 0).

@@ -241,13 +241,6 @@ def _check_optimizer(args):
             args.optimizer,
         )
         return
-    if getattr(args, "fp16", False) and not (
-        args.fp16_no_flatten_grads or args.memory_efficient_fp16 or args.bf16
-    ):
-        raise ConfigError(
-            f"--optimizer {args.optimizer} steps the languages one by one, and --fp16 melts them "
-            "into one tensor: add --fp16-no-flatten-grads"
-        )
     config = PruningConfig.from_namespace(args)
     config.validated()
     warning = config.warning(getattr(args, "max_epoch", 0), getattr(args, "max_update", 0))

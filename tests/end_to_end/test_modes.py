@@ -40,7 +40,8 @@ def fp32_losses(corpus, tmp_path_factory):
     "flags",
     [
         ["--amp"],
-        ["--fp16", "--fp16-no-flatten-grads", "--fp16-init-scale", "4"],
+        ["--fp16", "--fp16-init-scale", "4"],
+        ["--fp16-no-flatten-grads", "--fp16", "--fp16-init-scale", "4"],
         ["--memory-efficient-fp16", "--fp16-init-scale", "4"],
     ],
     ids=lambda flags: flags[0].strip("-"),

@@ -1,5 +1,7 @@
 """The adapted transformer: mixed batches, exactness against stock fairseq, gradients, beams."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from fairseq.sequence_generator import SequenceGenerator
@@ -52,6 +54,52 @@ def test_merged_weights_of_one_direction_give_the_same_output():
         net_input = batch([(source, target)] * 3)
         expected = merged(**{k: v for k, v in net_input.items() if "lang_ids" not in k})[0]
         torch.testing.assert_close(model(**net_input)[0], expected, atol=1e-5, rtol=1e-5)
+
+
+def generation(source=None, target=None):
+    """The configuration that fairseq-generate hands to prepare_for_inference_."""
+    task = SimpleNamespace(source_lang=source, target_lang=target)
+    return SimpleNamespace(generation=SimpleNamespace(beam=5), task=task)
+
+
+@pytest.mark.parametrize("sides", SIDES)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float, 1e-5), (torch.bfloat16, 0.05)])
+def test_one_direction_is_merged_for_decoding(sides, dtype, tolerance):
+    model = set_adapters(build(**sides), scale=0.2).to(dtype).eval()
+    net_input = batch([(3, 1)] * 3)
+    expected = model(**net_input)[0]
+    hypotheses = beam_search(model, without_targets(net_input))
+    model.prepare_for_inference_(generation("ja", "en"))
+    torch.testing.assert_close(model(**net_input)[0], expected, atol=tolerance, rtol=tolerance)
+    if dtype == torch.float:
+        merged = beam_search(model, without_targets(net_input))
+        assert [[tokens for tokens, _ in best] for best in hypotheses] == [
+            [tokens for tokens, _ in best] for best in merged
+        ]
+    assert set(model.state_dict()) == set(stock(build()).state_dict())
+    assert not model.adapted_linears()
+
+
+def test_merging_a_fresh_adapter_changes_no_bit():
+    model = build()
+    before = stock(model).state_dict()
+    model.merge(0, 1)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_merged_model_refuses_other_directions():
+    model = set_adapters(build())
+    model.merge(3, 1)
+    for pair in ((3, 2), (0, 1)):
+        with pytest.raises(RuntimeError, match="load the checkpoint anew"):
+            model(**batch([(3, 1), pair]))
+
+
+def test_adapters_stay_where_no_direction_is_known():
+    model = build()
+    for direction in ((None, None), ("en", "xx"), ("en", None)):
+        model.prepare_for_inference_(generation(*direction))
+        assert len(model.adapted_linears()) == 4 * 5 + 2 * 8
 
 
 def test_post_norm_models_decode_with_their_adapters():

@@ -327,9 +327,9 @@ def test_guarantees_hold_in_every_precision(precision, inner):
     assert same(state, again.state_dict())
 
 
-def test_fp16_with_flat_gradients_names_the_missing_flag():
-    """What fairseq hands over without --fp16-no-flatten-grads: one flat copy of everything."""
+def test_flat_gradients_are_refused_with_the_option():
+    """What fairseq hands over to code that sets fp16_no_flatten_grads to False: one flat copy."""
     model = set_adapters(build()).half()
     flat = torch.nn.Parameter(torch.cat([p.flatten() for p in adapters(model)]).float())
-    with pytest.raises(UserError, match="--fp16 add --fp16-no-flatten-grads"):
+    with pytest.raises(UserError, match="--fp16-no-flatten-grads on"):
         OPTIMIZER_REGISTRY["pruned_adam"](options(), [flat])
