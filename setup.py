@@ -23,6 +23,7 @@ setup(
     ],
     extras_require={
         "quickstart": ["polib"],
+        "plot": ["matplotlib>=3.8"],
         "test": [
             "pytest",
             "pytest-cov",
@@ -32,6 +33,7 @@ setup(
             "polib",
             "wtforms",
             "humanize",
+            "matplotlib>=3.8",
         ],
     },
 )

@@ -1,0 +1,444 @@
+"""What benchmark.py compares: the shapes of its models, their batches, and each way of training.
+
+Every :class:`Contender` starts from the same random base weights. All have dropout, the loss
+(label-smoothed cross-entropy over all words and positions) and the adapted linears in common.
+"""
+
+import math
+import random
+from argparse import ArgumentParser, Namespace
+from dataclasses import dataclass
+from functools import cached_property
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from fairseq.criterions.label_smoothed_cross_entropy import label_smoothed_nll_loss
+from fairseq.data import Dictionary
+from fairseq.models.transformer import TransformerModel
+from fairseq.modules import MultiheadAttention
+from fairseq.optim import OPTIMIZER_REGISTRY
+from torch import nn
+
+from lslora_fairseq.config import LSLoConfig
+from lslora_fairseq.errors import ConfigError
+from lslora_fairseq.models.lslora_transformer import LSLoTransformerModel
+
+LOW_RANK, HIGH_RANK = 8, 2  # of low-resource languages, and of all others
+PAD = 1
+SIDES = {"encoder": "source", "decoder": "target"}  # which language indexes each stack
+SITES = {stack: getattr(LSLoConfig, f"{stack}_target_modules").split(",") for stack in SIDES}
+
+
+@dataclass
+class Batch:
+    """Sentences in random directions, batch-first; the source padded on the left.
+
+    Attributes:
+        tokens: src_tokens, src_lengths and prev_output_tokens, as fairseq's models take them
+        lang_ids: source_lang_ids and target_lang_ids, (batch,) language indices
+        target: (batch, time)
+    """
+
+    tokens: dict
+    lang_ids: dict
+    target: torch.Tensor
+
+    def in_one_direction(self):
+        """The same sentences, all from language 0 to language 1."""
+        ids = {
+            key: torch.full_like(ids, language)
+            for language, (key, ids) in enumerate(self.lang_ids.items())
+        }
+        return Batch(self.tokens, ids, self.target)
+
+    def present(self):
+        """Number of source languages and of target languages in the batch."""
+        return [ids.unique().numel() for ids in self.lang_ids.values()]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The shape of a model and of a batch; pre-norm, all embeddings shared."""
+
+    layers: int  # of the encoder, and of the decoder
+    dim: int
+    ffn: int
+    heads: int
+    words: int
+    sentences: int = 75
+    tokens: int = 27  # of an average sentence
+    device: str = "cpu"
+
+    @cached_property
+    def dictionary(self):
+        made = Dictionary()
+        for number in range(self.words - len(made)):
+            made.add_symbol(f"w{number}")
+        return made
+
+    @property
+    def base_parameters(self):
+        """Number of weights in the matrices of the base model."""
+        linears = 12 * self.dim**2 + 4 * self.dim * self.ffn  # of one encoder and decoder layer
+        return self.words * self.dim + self.layers * linears
+
+    def options(self):
+        """fairseq's options for the shape."""
+        stacks = {
+            f"{stack}_{name}": value
+            for stack in SIDES
+            for name, value in (
+                ("layers", self.layers),
+                ("embed_dim", self.dim),
+                ("ffn_embed_dim", self.ffn),
+                ("attention_heads", self.heads),
+                ("normalize_before", True),
+            )
+        }
+        return {**stacks, "share_all_embeddings": True, "dropout": 0.1}
+
+    def build(self, model_class, **options):
+        """A model on the device; whatever the class, its base weights are the same."""
+        torch.manual_seed(0)
+        task = SimpleNamespace(source_dictionary=self.dictionary, target_dictionary=self.dictionary)
+        model = model_class.build_model(Namespace(**self.options(), **options), task)
+        return model.to(self.device)
+
+    def batch(self, languages, sentences=None, tokens=None):
+        """A random batch in the directions between that many languages."""
+        rng = random.Random(0)
+        generator = torch.Generator().manual_seed(0)
+        sentences, tokens = sentences or self.sentences, tokens or self.tokens
+        longest = tokens + 2
+        lengths = torch.tensor([rng.randint(tokens - 2, longest) for _ in range(sentences)])
+        size = (3, sentences, longest)
+        src, prev, target = torch.randint(4, self.words, size, generator=generator)
+        padding = torch.arange(longest) >= lengths.unsqueeze(1)
+        src[padding.flip(1)] = prev[padding] = target[padding] = PAD
+        net_input = {"src_tokens": src, "src_lengths": lengths, "prev_output_tokens": prev}
+        lang_ids = {
+            f"{side}_lang_ids": torch.tensor([rng.randrange(languages) for _ in range(sentences)])
+            for side in SIDES.values()
+        }
+        return Batch(self._placed(net_input), self._placed(lang_ids), target.to(self.device))
+
+    def _placed(self, tensors):
+        return {key: tensor.to(self.device) for key, tensor in tensors.items()}
+
+
+PRESETS = {
+    "cpu-small": Setting(layers=6, dim=512, ffn=2048, heads=8, words=16_000),
+    "cpu-m2m": Setting(layers=3, dim=1024, ffn=4096, heads=16, words=16_000),
+    "gpu": Setting(12, 1024, 4096, 16, words=256_000, sentences=150, device="cuda"),
+}
+M2M_615M = Setting(layers=12, dim=1024, ffn=4096, heads=16, words=256_125)
+
+
+def ranks(languages):
+    """The rank of each language: every third one is low-resource."""
+    return [LOW_RANK if number % 3 == 0 else HIGH_RANK for number in range(languages)]
+
+
+def codes(languages):
+    """Language codes, in the order of their indices."""
+    return [f"l{number:03d}" for number in range(languages)]
+
+
+def adapter_options(languages):
+    """The package's options for that many languages, by name."""
+    tiers = {"low": [], "high": []}
+    for code, rank in zip(codes(languages), ranks(languages)):
+        tiers["low" if rank == LOW_RANK else "high"].append(code)
+    tier_ranks = {"low": LOW_RANK, "high": HIGH_RANK}
+    return {
+        "lora_tiers": ";".join(f"{name}={','.join(has)}" for name, has in tiers.items() if has),
+        "lora_rank": ",".join(f"{name}={tier_ranks[name]}" for name, has in tiers.items() if has),
+        "encoder_index_side": SIDES["encoder"],
+        "decoder_index_side": SIDES["decoder"],
+    }
+
+
+def optimizer(name, params, **options):
+    """One of fairseq's optimizers, with the defaults of its command line."""
+    parser = ArgumentParser()
+    OPTIMIZER_REGISTRY[name].add_args(parser)
+    defaults = vars(parser.parse_args([]))
+    options = {"adam_betas": "(0.9, 0.98)", "lr": [1e-4], "tpu": False, **options}
+    return OPTIMIZER_REGISTRY[name](Namespace(**{**defaults, **options}), params)
+
+
+class Contender:
+    """One way of training: a model in training mode, and its optimizer once it is started."""
+
+    optimizer_name = "adam"
+    optimizer = None
+
+    def __init__(self, setting, languages):
+        self.model = self.build(setting, languages).train()
+
+    def build(self, setting, languages):
+        """The model, with the parameters that are not trained frozen."""
+        raise NotImplementedError
+
+    def net_input(self, batch):
+        """What the model is called with."""
+        return batch.tokens
+
+    def logits(self, batch):
+        """(batch, time, words)"""
+        return self.model(**self.net_input(batch))[0]
+
+    def loss(self, batch):
+        log_probs = F.log_softmax(self.logits(batch), dim=-1, dtype=torch.float)
+        return label_smoothed_nll_loss(log_probs, batch.target, 0.1, ignore_index=PAD)[0]
+
+    def trainable(self):
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def start_optimizer(self, **options):
+        self.optimizer = optimizer(self.optimizer_name, self.trainable(), **options)
+
+    def forward_backward(self, batch):
+        tokens = batch.target.ne(PAD).sum()
+        (self.loss(batch) / tokens).backward()
+
+    def update(self):
+        """Clips the gradients, moves the parameters and drops the gradients."""
+        self.optimizer.clip_grad_norm(1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def add_noise(self):
+        """Moves what is trained, so that no adapter is zero."""
+        for param in self.trainable():
+            param.add_(torch.randn_like(param), alpha=0.01)
+
+
+class FrozenBase(Contender):
+    """The limit: no adapter, no optimizer, and a backward pass as far down as adapters need it.
+
+    It reaches the outputs of the lowest projections, where their biases receive a gradient.
+    """
+
+    def build(self, setting, languages):
+        model = setting.build(TransformerModel)
+        train_lowest_biases(model, model.encoder, model.decoder)
+        return model
+
+    def start_optimizer(self):
+        pass
+
+    def update(self):
+        self.model.zero_grad(set_to_none=True)
+
+
+def train_lowest_biases(model, *stacks):
+    """Freezes all but the biases of the first query, key and value projections of each stack."""
+    model.requires_grad_(False)
+    for stack in stacks:
+        attention = stack.layers[0].self_attn
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
+            projection.bias.requires_grad_(True)
+
+
+class FullFineTuning(Contender):
+    def build(self, setting, languages):
+        return setting.build(TransformerModel)
+
+
+class Ours(Contender):
+    """This package."""
+
+    optimizer_name = "pruned_adam"
+
+    def build(self, setting, languages):
+        return setting.build(LSLoTransformerModel, **adapter_options(languages))
+
+    def net_input(self, batch):
+        return {**batch.tokens, **batch.lang_ids}
+
+
+def new_factors(linear, rank):
+    """A and B of a fresh adapter, (rank, in) and (out, rank)."""
+    A = linear.weight.new_empty(rank, linear.in_features)
+    nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+    return nn.Parameter(A), nn.Parameter(linear.weight.new_zeros(linear.out_features, rank))
+
+
+class SharedLoRALinear(nn.Module):
+    """A linear with one adapter for all languages."""
+
+    def __init__(self, linear, rank):
+        super().__init__()
+        self.linear = linear
+        self.lora_A, self.lora_B = new_factors(linear, rank)
+
+    def forward(self, x):
+        return self.linear(x) + (x @ self.lora_A.T) @ self.lora_B.T
+
+
+class LoopLinear(nn.Module):
+    """A linear with one adapter per language, each applied to the sentences of its language.
+
+    Args:
+        linear: the frozen linear
+        ranks: the rank of each language
+        lang_ids: dict in which the forward pass finds the batch's language indices
+        key: their key
+    """
+
+    def __init__(self, linear, ranks, lang_ids, key):
+        super().__init__()
+        self.linear, self.lang_ids, self.key = linear, lang_ids, key
+        factors = [new_factors(linear, rank) for rank in ranks]
+        self.lora_A = nn.ParameterList(A for A, _ in factors)
+        self.lora_B = nn.ParameterList(B for _, B in factors)
+
+    def forward(self, x):
+        """(time, batch, in) -> (time, batch, out)"""
+        y = self.linear(x)
+        lang_ids = self.lang_ids[self.key]
+        if x.size(1) != len(lang_ids):  # the beams of a sentence lie side by side
+            lang_ids = lang_ids.repeat_interleave(x.size(1) // len(lang_ids))
+        for language, (A, B) in enumerate(zip(self.lora_A, self.lora_B)):
+            mask = lang_ids == language
+            if mask.any():
+                y[:, mask] += (x[:, mask] @ A.T) @ B.T
+        return y.view_as(y)  # y itself passes for a leaf in torch 2.2 until it is read again
+
+
+def adapt(model, make):
+    """Freezes fairseq's own transformer and replaces every linear that is to be adapted.
+
+    Args:
+        make: takes a linear and its index side, returns the module in its place
+    """
+    model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, MultiheadAttention):
+            module.skip_embed_dim_check = True  # it then calls its projections as modules
+    for stack, side in SIDES.items():
+        for layer in getattr(model, stack).layers:
+            for site in SITES[stack]:
+                parent, _, name = site.rpartition(".")
+                parent = layer.get_submodule(parent)
+                setattr(parent, name, make(getattr(parent, name), side))
+    return model
+
+
+class SharedLoRA(Contender):
+    """A language-agnostic LoRA."""
+
+    def build(self, setting, languages):
+        model = setting.build(TransformerModel)
+        return adapt(model, lambda linear, side: SharedLoRALinear(linear, LOW_RANK))
+
+
+class LanguageLoop(Contender):
+    """The obvious implementation: a loop over the languages, with boolean masks."""
+
+    def build(self, setting, languages):
+        self.lang_ids = {}
+        return adapt(
+            setting.build(TransformerModel),
+            lambda linear, side: LoopLinear(
+                linear, ranks(languages), self.lang_ids, f"{side}_lang_ids"
+            ),
+        )
+
+    def net_input(self, batch):
+        self.lang_ids.update(batch.lang_ids)
+        return batch.tokens
+
+
+class HuggingFaceFrozenBase(FrozenBase):
+    """The same shape in transformers, frozen: what PEFT adds its adapters to."""
+
+    def build(self, setting, languages):
+        model = hugging_face_twin(setting)
+        train_lowest_biases(model, model.model.encoder, model.model.decoder)
+        return model
+
+    def logits(self, batch):
+        return hugging_face_logits(self.model, batch)
+
+
+class PEFT(Contender):
+    """A language-agnostic LoRA by peft, on the Hugging Face twin."""
+
+    def build(self, setting, languages):
+        import peft
+
+        sites = {site.rpartition(".")[2] for sites in SITES.values() for site in sites}
+        config = peft.LoraConfig(
+            r=LOW_RANK, lora_alpha=LOW_RANK, lora_dropout=0.0, target_modules=sorted(sites)
+        )
+        return peft.get_peft_model(hugging_face_twin(setting), config)
+
+    def logits(self, batch):
+        return hugging_face_logits(self.model, batch)
+
+
+def hugging_face_twin(setting):
+    from transformers import M2M100Config, M2M100ForConditionalGeneration
+
+    torch.manual_seed(0)
+    stacks = {
+        f"{stack}_{name}": value
+        for stack in SIDES
+        for name, value in (
+            ("layers", setting.layers),
+            ("ffn_dim", setting.ffn),
+            ("attention_heads", setting.heads),
+            ("layerdrop", 0.0),
+        )
+    }
+    config = M2M100Config(
+        vocab_size=setting.words,
+        d_model=setting.dim,
+        dropout=0.1,
+        attention_dropout=0.0,
+        activation_dropout=0.0,
+        use_cache=False,
+        **stacks,
+    )
+    return M2M100ForConditionalGeneration(config).to(setting.device)
+
+
+def hugging_face_logits(model, batch):
+    src = batch.tokens["src_tokens"]
+    return model(
+        input_ids=src,
+        attention_mask=src.ne(PAD).long(),
+        decoder_input_ids=batch.tokens["prev_output_tokens"],
+    ).logits
+
+
+def check_peft():
+    """Raises ConfigError with the reason where PEFT cannot be measured."""
+    try:
+        import peft  # noqa: F401
+        from transformers import M2M100ForConditionalGeneration  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"PEFT was left out: {error.name} is not installed (pip install peft transformers)"
+        ) from None
+    except (ImportError, OSError, RuntimeError) as error:  # installed, but for another torch
+        raise ConfigError(f"PEFT was left out: it cannot be imported ({error})") from None
+
+
+FROZEN, FULL, SHARED = "frozen base", "full fine-tuning", f"shared LoRA (rank {LOW_RANK})"
+LOOP, OURS = "per-language loop", "lslora_fairseq"
+HF_FROZEN, HF_PEFT = "frozen Hugging Face twin", f"PEFT on it (rank {LOW_RANK})"
+
+CONTENDERS = {
+    FROZEN: FrozenBase,
+    FULL: FullFineTuning,
+    SHARED: SharedLoRA,
+    OURS: Ours,
+    LOOP: LanguageLoop,
+    HF_FROZEN: HuggingFaceFrozenBase,
+    HF_PEFT: PEFT,
+}
