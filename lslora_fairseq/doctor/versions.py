@@ -44,7 +44,7 @@ class Installed:
     @property
     def is_stock_release(self):
         """fairseq 0.12.2 as released; a checkout has the same number with a suffix."""
-        return self.fairseqs.get(STOCK) == "0.12.2"
+        return self.fairseqs == {STOCK: "0.12.2"}
 
 
 def numbers(version):
