@@ -1,12 +1,15 @@
 """Language-specific LoRA for multilingual machine translation: a fairseq ``--user-dir`` package.
 
 Importing it registers the model, the task and the optimizers with fairseq. The core (``lora/``,
-``pruning/``) also works where fairseq is not installed.
+``pruning/``) and ``lslora doctor`` also work where fairseq is not installed or cannot be imported.
 """
 
-from importlib.util import find_spec
+try:
+    import fairseq
+except Exception:  # whatever ails it; lslora doctor tells
+    fairseq = None
 
-if find_spec("fairseq") is not None:
+if fairseq is not None:
     from lslora_fairseq import checkpoints, models, optim, tasks  # noqa: F401
 
     checkpoints.allow_fairseq_checkpoints()

@@ -123,13 +123,11 @@ def _without_logged_tracebacks():
         logger.removeFilter(short)
 
 
-def read_args(path):
-    """The options a checkpoint was trained with, task and model alike.
-
-    The weights are memory-mapped, not read.
+def read_checkpoint(path):
+    """What a checkpoint was trained with, and its weights, memory-mapped where the file allows it.
 
     Returns:
-        dict of option name -> value
+        dict of option name -> value, task and model alike; the model's state dict
 
     Raises:
         ConfigError: the file cannot be read as a fairseq checkpoint.
@@ -154,7 +152,12 @@ def read_args(path):
         elif OmegaConf.is_config(section):
             section = OmegaConf.to_container(section)
         options.update(section or {})
-    return options
+    return options, state["model"]
+
+
+def read_args(path):
+    """The options of :func:`read_checkpoint` alone."""
+    return read_checkpoint(path)[0]
 
 
 def _unreadable(path, error):

@@ -79,7 +79,7 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
             if not from_checkpoint:
                 resumed = resumed_checkpoint(args)
                 if resumed:
-                    _restore_lora_options(args, resumed, self.langs)
+                    restore_lora_options(args, resumed, read_args(resumed), self.langs)
                 elif getattr(args, "finetune_from_model", None):
                     base = _read_base(args.finetune_from_model)
             model = super().build_model(args, from_checkpoint)
@@ -330,9 +330,18 @@ def _text(value):
     return ",".join(value) if isinstance(value, list) else value
 
 
-def _restore_lora_options(args, path, langs):
-    """Takes the --lora-* options of the checkpoint that is resumed, and refuses other ones."""
-    saved = read_args(path)
+def restore_lora_options(args, path, saved, langs):
+    """Takes the --lora-* options of the checkpoint that is resumed, and refuses other ones.
+
+    Args:
+        args: the options of this run, changed in place
+        path: the checkpoint
+        saved: the options that it was trained with
+        langs: the languages of this run, in the order of their tokens
+
+    Raises:
+        ConfigError: this run has other options, or its languages in another order.
+    """
     trained, ours = saved.get("optimizer"), getattr(args, "optimizer", None)
     if trained and ours and ours != trained and not getattr(args, "reset_optimizer", False):
         raise ConfigError(

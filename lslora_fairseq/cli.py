@@ -1,0 +1,56 @@
+"""The console command ``lslora``: thin subcommands over the package's folders."""
+
+import argparse
+import logging
+import sys
+from importlib import import_module
+
+from lslora_fairseq.errors import one_line_errors
+
+# Subcommand -> what it does, in one line. Each has a module or folder of its name in this package,
+# with EXAMPLES (text), add_arguments(parser) and run(args), which returns the exit status. Only
+# the one that is called gets imported, so that another's needs cannot break it.
+COMMANDS = {
+    "doctor": "check versions, dictionary, languages, data, memory and disk before a run",
+}
+
+
+def build_parser(chosen):
+    """The parser of all subcommands, with the options of the *chosen* one only."""
+    parser = argparse.ArgumentParser(
+        prog="lslora", description="Tools for fairseq models with language-specific LoRA."
+    )
+    subparsers = parser.add_subparsers(dest="command", metavar="command", required=True)
+    for name, summary in COMMANDS.items():
+        if name != chosen:
+            subparsers.add_parser(name, help=summary)
+            continue
+        command = import_module(f"lslora_fairseq.{name}")
+        subparser = subparsers.add_parser(
+            name,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            epilog=command.EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_arguments(subparser)
+        subparser.set_defaults(run=command.run)
+    return parser
+
+
+def main(argv=None):
+    """Runs a subcommand; returns its exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    logging.basicConfig(
+        level=logging.WARNING, stream=sys.stderr, format="%(levelname)s: %(message)s", force=True
+    )
+    parser = build_parser(argv[0] if argv else None)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown and not getattr(args, "ignore_unknown", False):
+        parser.error(f"unknown arguments: {' '.join(unknown)}")
+    with one_line_errors():
+        return args.run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

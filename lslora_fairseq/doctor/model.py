@@ -1,0 +1,107 @@
+"""The model that a run would train, built without memory for its weights."""
+
+from argparse import Namespace
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import torch
+from fairseq.data import Dictionary
+from fairseq.models import ARCH_CONFIG_REGISTRY
+
+from lslora_fairseq.doctor.memory import Shape
+from lslora_fairseq.errors import ConfigError, UserError
+from lslora_fairseq.models.lslora_transformer import LSLoTransformerModel
+from lslora_fairseq.tasks.translation_multi_lslora import restore_lora_options
+
+# What a base model was trained with need not be what it is fine-tuned with.
+NOT_TAKEN_OVER = {
+    "encoder_layerdrop": 0,
+    "decoder_layerdrop": 0,
+    "quant_noise_pq": 0,
+    "quant_noise_scalar": 0,
+    "encoder_embed_path": None,
+    "decoder_embed_path": None,
+}
+EMBEDDINGS = (
+    "encoder.embed_tokens.weight",
+    "decoder.embed_tokens.weight",
+    "decoder.output_projection.weight",
+)
+
+
+class _Rows(Dictionary):
+    """A dictionary of which only the length is known."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.symbols += [f"row {i}" for i in range(len(self), rows)]
+
+
+def build(inputs):
+    """The model on torch's meta device.
+
+    Args:
+        inputs: an :class:`Inputs` with a checkpoint, or with an ``--arch`` and a dictionary
+
+    Raises:
+        ConfigError: an option is wrong; the message is that of fairseq-train.
+    """
+    args = _options(inputs)
+    dictionary = inputs.dictionary or _Rows(inputs.checkpoint.rows)
+    task = SimpleNamespace(source_dictionary=dictionary, target_dictionary=dictionary)
+    with _as_config_error(), torch.device("meta"):
+        return LSLoTransformerModel.build_model(args, task)
+
+
+def _options(inputs):
+    arch, checkpoint = inputs.args.arch, inputs.checkpoint
+    if arch and arch not in ARCH_CONFIG_REGISTRY:
+        known = ", ".join(sorted(name for name in ARCH_CONFIG_REGISTRY if "lslora" in name))
+        raise ConfigError(f"--arch {arch} is unknown: choose one of {known}")
+    saved = checkpoint.options if checkpoint else {}
+    options = Namespace(**vars(inputs.lora_options))
+    if checkpoint and checkpoint.has_adapters:
+        restore_lora_options(options, checkpoint.path, saved, inputs.langs)
+    if not arch:
+        sizes = {**saved, **NOT_TAKEN_OVER, **vars(options)}
+        options = Namespace(**sizes)
+    options.checkpoint_activations = inputs.args.checkpoint_activations
+    ARCH_CONFIG_REGISTRY[arch or "lslora_transformer"](options)
+    return options
+
+
+@contextmanager
+def _as_config_error():
+    """The one line with which the model ends a command becomes an error to report."""
+    try:
+        yield
+    except UserError as error:
+        raise ConfigError(str(error).removeprefix("lslora: error: ")) from None
+
+
+def check_fit(model, checkpoint):
+    """Raises ConfigError unless every weight of the checkpoint has its place in the model.
+
+    Embeddings are compared by their width alone; their rows are matched by token.
+    """
+    own = model.state_dict()
+    weights = dict(checkpoint.weights)
+    for key in EMBEDDINGS:
+        if key in own and key in weights and own[key].size(1) == weights[key].size(1):
+            weights[key] = own[key]
+    with _as_config_error():
+        model.upgrade_state_dict_named(weights, "")
+
+
+def shape(model):
+    """The :class:`Shape` of a model for the estimate of its memory."""
+    plan, encoder, decoder = model.plan, model.encoder, model.decoder
+    return Shape(
+        base_parameters=sum(p.numel() for p in model.parameters() if not p.requires_grad),
+        adapter_entries=sum(site.entries(rank) for site in plan.sites for rank in plan.ranks),
+        encoder_layers=len(encoder.layers),
+        decoder_layers=len(decoder.layers),
+        dim=encoder.embed_tokens.embedding_dim,
+        ffn_dim=encoder.layers[0].fc1.out_features,
+        rows=encoder.embed_tokens.num_embeddings,
+    )

@@ -1,0 +1,115 @@
+"""The estimate of memory: its formula, and what the backward pass really keeps."""
+
+import builtins
+
+import pytest
+import torch
+import toy
+
+from lslora_fairseq.doctor import memory
+from lslora_fairseq.doctor.memory import Shape, checkpoint_size, estimate, loading_peak
+from lslora_fairseq.doctor.model import shape
+
+SMALL = Shape(
+    base_parameters=1000,
+    adapter_entries=100,
+    encoder_layers=2,
+    decoder_layers=1,
+    dim=8,
+    ffn_dim=32,
+    rows=50,
+)
+
+
+def test_every_part_in_fp32():
+    assert estimate(SMALL, "fp32", max_tokens=10) == {
+        "base model": 4 * 1000,
+        "adapters": 4 * 100 + 100,
+        "gradients": 4 * 100,
+        "optimizer": 12 * 100,
+        "activations": 4 * 10 * (2 * (80 + 32) + 136 + 32),
+        "output distribution": 16 * 50 * 10,
+    }
+
+
+@pytest.mark.parametrize(
+    "precision, base, optimizer, activation, logit",
+    [("amp", 6, 12, 2.5, 14), ("fp16", 2, 20, 2, 14), ("memory-efficient-fp16", 2, 12, 2, 14)],
+)
+def test_other_precisions(precision, base, optimizer, activation, logit):
+    parts = estimate(SMALL, precision, max_tokens=10)
+    assert parts["base model"] == base * 1000
+    assert parts["optimizer"] == optimizer * 100
+    assert parts["activations"] == activation * 10 * (2 * (80 + 32) + 136 + 32)
+    assert parts["output distribution"] == logit * 50 * 10
+
+
+def test_checkpointed_layers_keep_their_input_alone():
+    parts = estimate(SMALL, "fp32", max_tokens=10, checkpointed=True)
+    assert parts["activations"] == 4 * 10 * (3 * 8 + 136 + 32)
+
+
+def test_the_size_of_a_checkpoint_and_of_loading_one():
+    assert checkpoint_size(SMALL, "fp32") == 4 * 1000 + (4 + 1 + 12) * 100
+    assert checkpoint_size(SMALL, "fp16") == 2 * 1000 + (2 + 1 + 12) * 100
+    assert loading_peak(SMALL, file_size=7) == 4 * 1000 + 5 * 100 + 7
+
+
+def test_the_shape_of_a_model():
+    model = toy.build(share_decoder_input_output_embed=True)
+    found = shape(model)
+    base = {id(p): p.numel() for p in model.parameters() if not p.requires_grad}
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert found == Shape(sum(base.values()), trained, 4, 2, 16, 32, 38)
+
+
+def test_activations_are_what_the_backward_pass_keeps():
+    """Storages that autograd keeps in fp32, without parameters and the output distribution."""
+    sizes = dict(encoder_embed_dim=128, encoder_ffn_embed_dim=512, dropout=0.1)
+    model = toy.build(**sizes).train()
+    pairs = [(0, 1), (2, 3)] * 10
+    batch = toy.batch(pairs, length=20)
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own and shape(model).rows not in tensor.shape:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = model(**batch)
+        model.get_normalized_probs(out, log_probs=True).sum()
+    measured = sum(storage.nbytes() for storage in kept.values())
+    expected = estimate(shape(model), "fp32", len(pairs) * 20)["activations"]
+    assert 0.85 < measured / expected < 1.15
+
+
+def test_free_memory():
+    assert memory.free_on_cpu() > 2**20
+    assert memory.free_on_device(cpu=True)[0] == "CPU"
+
+
+def test_a_system_that_does_not_tell_its_free_memory(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(builtins, "open", refuse)
+    assert memory.free_on_cpu() is None
+
+
+def test_a_gpu_that_does_not_tell(monkeypatch):
+    def refuse():
+        raise RuntimeError("CUDA error")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU 0")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (5, 10))
+    assert memory.free_on_device(cpu=False) == ("GPU 0", 5)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", refuse)
+    assert memory.free_on_device(cpu=False) == ("GPU", None)
+
+
+def test_disk_of_a_folder_that_is_not_there_yet(tmp_path):
+    assert memory.free_on_disk(tmp_path / "a" / "b") > 2**20
