@@ -22,7 +22,7 @@ from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from fairseq.tasks import FairseqTask
 
 from lslora_fairseq.config import LORA_FIELDS, LSLoConfig, resolve
-from lslora_fairseq.errors import ConfigError, one_line_errors
+from lslora_fairseq.errors import ConfigError, listed, one_line_errors
 from lslora_fairseq.lora.adapters import LayerAdapters
 from lslora_fairseq.lora.linear import LSLoLinear
 from lslora_fairseq.lora.merge import merged
@@ -440,8 +440,7 @@ def _warn_of_new_rows(matched, symbols):
     if new:
         logger.warning(
             "%d embedding rows are new to the base model and stay untrained, since the base is "
-            "frozen: %s%s",
+            "frozen: %s",
             len(new),
-            " ".join(new[:20]),
-            " …" if len(new) > 20 else "",
+            listed(new, " "),
         )

@@ -15,6 +15,7 @@ from lslora_fairseq import unsupported
 from lslora_fairseq.errors import ConfigError, UserError
 from lslora_fairseq.models import lslora_transformer
 from lslora_fairseq.tasks.translation_multi_lslora import TranslationMultiLSLoTask as Task
+from lslora_fairseq.tasks.translation_multi_lslora import restore_lora_options
 
 
 @pytest.fixture(scope="module")
@@ -332,6 +333,25 @@ def test_a_resumed_run_refuses_other_langs(data, tmp_path, langs):
     path = checkpoint(tmp_path / "checkpoint_last.pt")
     message = f"{path} was trained with --langs de,en,fr,ja, this run has {langs}: the order numbe"
     refused(build, with_option(resuming(data, tmp_path), "--langs", langs), message)
+
+
+def test_of_two_long_lists_the_message_shows_where_they_differ():
+    codes = [f"l{number}" for number in range(200)]
+    swapped = [*codes[:90], codes[91], codes[90], *codes[92:]]
+    saved = {"langs": codes, "lora_tiers": f"all={','.join(codes)}"}
+    message = (
+        "x.pt was trained with --langs …l90,l91,l92,l93,l94,l95,l96,l97,… (200 in all), this run "
+        "has …l91,l90,l92,l93,l94,l95,l96,l97,… (200 in all): the order numbers"
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
+        restore_lora_options(Namespace(), "x.pt", saved, swapped)
+    tiers = Namespace(lora_tiers=f"all={','.join(codes[:-1])};low={codes[-1]}")
+    message = (
+        "--lora-tiers …l198;low=l199 (200 in all) differs from …l198,l199 (200 in all) of x.pt, "
+        "which this run resumes"
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
+        restore_lora_options(tiers, "x.pt", saved, codes)
 
 
 def test_a_resumed_run_refuses_another_optimizer_unless_it_is_reset(data, tmp_path):
