@@ -24,7 +24,6 @@ TRAINING = {
     "quantization_config_path": None,
     "model_parallel_size": 1,
     "pipeline_model_parallel": False,
-    "tpu": False,
     # weights that change outside the pruned_* optimizer, pruned entries too
     "store_ema": False,
     "use_bmuf": False,
@@ -36,6 +35,12 @@ HOOKED_BACKENDS = ("c10d", "pytorch_ddp")  # two names of one
 
 def refuse_unsupported(args):
     """Raises ConfigError for an option that adapters do not support."""
+    if getattr(args, "tpu", False):
+        option = "--bf16" if getattr(args, "bf16", False) else "--tpu"  # fairseq sets both
+        raise ConfigError(
+            f"{option} makes fairseq train on a TPU, where adapters were never tried: use --amp "
+            "or --fp16 on a GPU"
+        )
     given = [
         f"--{name.replace('_', '-')}"
         for name, without_effect in {**MODEL, **TRAINING}.items()

@@ -5,6 +5,7 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+import torch
 from console import LANGS, TIERS, finetune_args, lslora, run
 
 from lslora_fairseq import doctor
@@ -63,6 +64,18 @@ def test_everything_in_order(corpus, tmp_path):
     _, out, _ = lslora("doctor", *args)
     assert out.splitlines()[-1] == f"{len(lines) - 1} ok, 0 warnings, 0 errors"
     assert "ok       language order   that of the checkpoint" in out.splitlines()
+
+
+def test_how_the_base_was_trained_is_not_how_it_is_fine_tuned(corpus, tmp_path):
+    state = torch.load(corpus.base)
+    vars(state["cfg"]["model"]).update(
+        encoder_layerdrop=0.1, store_ema=True, ddp_backend="fully_sharded", tpu=True, bf16=True
+    )
+    torch.save(state, tmp_path / "base.pt")
+    args = ["--data", corpus.data, "--langs", LANGS, "--lora-tiers", TIERS]
+    _, lines, _ = diagnose("--checkpoint", tmp_path / "base.pt", *args)
+    assert troubles(lines) == {}
+    assert "4 languages, 31 linears" in lines["adapters"]["found"]
 
 
 def test_the_size_of_a_checkpoint_is_that_of_the_file(corpus, tuned):

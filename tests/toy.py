@@ -60,9 +60,9 @@ def build(seed=1, model=LSLoTransformerModel, **options):
     return model.build_model(args, task())
 
 
-def stock(adapted):
-    """fairseq's own transformer with the base weights of an adapted model."""
-    made = build(model=TransformerModel)
+def stock(adapted, **options):
+    """fairseq's own transformer with the base weights of an adapted model, and its options."""
+    made = build(model=TransformerModel, **options)
     state = {k: v for k, v in adapted.state_dict().items() if not is_adapter_key(k)}
     made.load_state_dict(state)
     return made

@@ -17,6 +17,7 @@ from lslora_fairseq.tasks.translation_multi_lslora import restore_lora_options
 # What a base model was trained with need not be what it is fine-tuned with.
 NOT_TAKEN_OVER = {
     **unsupported.TRAINING,
+    "tpu": False,
     "ddp_backend": None,
     "encoder_embed_path": None,
     "decoder_embed_path": None,

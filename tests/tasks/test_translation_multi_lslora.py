@@ -143,7 +143,7 @@ UNSUPPORTED = [
     "--decoder-layers-to-keep 0", "--base-layers 1", "--encoder-xformers-att-config {'name':'x'}",
     "--decoder-xformers-att-config {'name':'x'}", "--no-cross-attention", "--quant-noise-pq 0.1",
     "--quant-noise-scalar 0.1", "--quantization-config-path q.yaml", "--model-parallel-size 2",
-    "--pipeline-model-parallel", "--tpu", "--store-ema", "--use-bmuf", "--zero-sharding os",
+    "--pipeline-model-parallel", "--store-ema", "--use-bmuf", "--zero-sharding os",
     "--ddp-backend fully_sharded", "--ddp-backend slowmo",
 ]  # fmt: skip
 
@@ -159,6 +159,14 @@ def test_options_that_do_not_work_with_adapters_are_refused(data, words):
 def test_every_unsupported_option_is_among_these():
     tried = {words.split()[0].lstrip("-").replace("-", "_") for words in UNSUPPORTED}
     assert tried == {*unsupported.MODEL, *unsupported.TRAINING, "ddp_backend"}
+
+
+@pytest.mark.parametrize(
+    "given, told", [("tpu", "tpu"), ("bf16", "bf16"), ("memory-efficient-bf16", "bf16")]
+)
+def test_bf16_which_fairseq_trains_on_a_tpu_is_refused(data, given, told):
+    message = f"--{told} makes fairseq train on a TPU, where adapters were never tried: use --amp"
+    refused(build, training(data, f"--{given}"), message)
 
 
 PROCESSES = {
