@@ -212,7 +212,7 @@ class LanguageOptimizer(torch.optim.Optimizer):
             adapter.weight.masked_fill_(~adapter.mask, 0)
 
     def state_dict(self):
-        """The inner optimizer's state, the fp32 masters and the settings; no views of weights."""
+        """The inner optimizer's state, the fp32 masters and the settings, all in plain values."""
         state = self.inner.state_dict()
         state["masters"] = [master.detach() for master, _, _ in self.masters]
         state["settings"] = dict(self.settings)
