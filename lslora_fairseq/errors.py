@@ -3,6 +3,9 @@
 import os
 from contextlib import contextmanager
 
+LISTED_IN_FULL = 12  # of more items, a message names a few
+NAMED = 8
+
 
 class ConfigError(ValueError):
     """A setting, file or checkpoint is wrong; the message names the cause and the remedy."""
@@ -14,6 +17,16 @@ class UserError(SystemExit):
     fairseq answers any ``Exception`` during loading with its own advice; a ``SystemExit`` gets
     through with ours.
     """
+
+
+def listed(items, separator=", ", start=0):
+    """Items for a message: all of them, or of many a few from number *start* on, and the count."""
+    items = list(items)
+    if len(items) <= LISTED_IN_FULL:
+        return separator.join(items)
+    shown = items[start : start + NAMED]
+    before, after = ["…"] * (start > 0), ["…"] * (start + NAMED < len(items))
+    return f"{separator.join([*before, *shown, *after])} ({len(items)} in all)"
 
 
 @contextmanager

@@ -7,7 +7,7 @@ loads its checkpoint, derives the same order from the same set of codes.
 import os
 from collections import Counter
 
-from lslora_fairseq.errors import ConfigError
+from lslora_fairseq.errors import ConfigError, listed
 
 
 class Languages:
@@ -99,7 +99,7 @@ class Languages:
             if key not in self.tiers and key not in self:
                 raise ConfigError(
                     f"{option}: {key} is neither a tier ({', '.join(self.tiers)}) nor a language "
-                    f"({', '.join(self.codes)}) of --lora-tiers: name one of these, or add it there"
+                    f"({listed(self.codes)}) of --lora-tiers: name one of these, or add it there"
                 )
             if key in values:
                 raise ConfigError(f"{option} gives two values for {key}: keep one")
@@ -107,7 +107,7 @@ class Languages:
         missing = [c for c in self.codes if c not in values and self._tier_of[c] not in values]
         if missing:
             raise ConfigError(
-                f"{option} gives no value for {', '.join(missing)}: add the language or its tier "
+                f"{option} gives no value for {listed(missing)}: add the language or its tier "
                 f"({', '.join(dict.fromkeys(self._tier_of[c] for c in missing))})"
             )
         return tuple(values.get(c, values.get(self._tier_of[c])) for c in self.codes)

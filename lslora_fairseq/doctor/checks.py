@@ -8,7 +8,7 @@ from fairseq.data.multilingual.multilingual_utils import get_lang_tok
 
 from lslora_fairseq.doctor import memory, model, unknown
 from lslora_fairseq.doctor.report import ERROR, OK, WARNING, Line
-from lslora_fairseq.errors import ConfigError
+from lslora_fairseq.errors import ConfigError, listed
 from lslora_fairseq.models.loading import SPECIALS, match_rows
 from lslora_fairseq.tasks.translation_multi_lslora import restore_lora_options
 
@@ -89,11 +89,12 @@ def check_order(inputs):
     if checkpoint.has_adapters:
         restore_lora_options(Namespace(), checkpoint.path, checkpoint.options, langs)
     if not inputs.args.langs:
-        return [Line(OK, name, f"{','.join(langs)}, taken from the checkpoint")]
+        found = f"{listed(langs, ',')}, taken from the checkpoint"
+        return [Line(OK, name, found, values={"langs": list(langs)})]
     if list(langs) == list(trained):
         return [Line(OK, name, "that of the checkpoint")]
     lacking = [lang for lang in trained if lang not in langs]
-    found = f"the checkpoint has {','.join(trained)}: rows are matched by token"
+    found = f"the checkpoint has {listed(trained, ',')}: rows are matched by token"
     if lacking:
         found += f"; {len(lacking)} of its languages are not in --langs"
     return [Line(OK, name, found)]
@@ -112,7 +113,7 @@ def check_tokens(inputs):
             Line(
                 WARNING,
                 name,
-                f"{' '.join(new)}: new to the base model, untrained and frozen",
+                f"{listed(new, ' ')}: new to the base model, untrained and frozen",
                 "write the language codes as the base model does (--langs, --lang-tok-style), or "
                 "use languages that it has",
             )
@@ -141,14 +142,14 @@ def _uncovered(inputs):
     with_adapters = adapters.codes if adapters else ()
     absent = [code for code in with_adapters if code not in langs]
     if absent:
-        found = f"{', '.join(absent)} of --lora-tiers: absent from --langs ({','.join(langs)})"
+        found = f"{listed(absent)} of --lora-tiers: absent from --langs ({listed(langs, ',')})"
         remedy = "add it to --langs, or take it out of --lora-tiers"
         lines.append(Line(ERROR, "language tokens", found, remedy))
     in_data = sorted({lang for file in inputs.data_files or [] for lang in file.pair})
     for option, known in (("--langs", langs), ("--lora-tiers", with_adapters or langs)):
         lacking = [lang for lang in in_data if lang not in known]
         if lacking:
-            found = f"{', '.join(lacking)} of the data: absent from {option}"
+            found = f"{listed(lacking)} of the data: absent from {option}"
             remedy = f"add it to {option}, or leave its directions out of --lang-pairs"
             lines.append(Line(WARNING, "language tokens", found, remedy))
     return lines

@@ -8,6 +8,7 @@ import torch
 from fairseq.data import Dictionary
 from fairseq.models import ARCH_CONFIG_REGISTRY
 
+from lslora_fairseq import unsupported
 from lslora_fairseq.doctor.memory import Shape
 from lslora_fairseq.errors import ConfigError, UserError
 from lslora_fairseq.models.lslora_transformer import LSLoTransformerModel
@@ -15,10 +16,8 @@ from lslora_fairseq.tasks.translation_multi_lslora import restore_lora_options
 
 # What a base model was trained with need not be what it is fine-tuned with.
 NOT_TAKEN_OVER = {
-    "encoder_layerdrop": 0,
-    "decoder_layerdrop": 0,
-    "quant_noise_pq": 0,
-    "quant_noise_scalar": 0,
+    **unsupported.TRAINING,
+    "ddp_backend": None,
     "encoder_embed_path": None,
     "decoder_embed_path": None,
 }

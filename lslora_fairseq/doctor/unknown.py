@@ -12,7 +12,7 @@ from fairseq.data import data_utils
 from tqdm import tqdm
 
 from lslora_fairseq.doctor.report import ERROR, OK, WARNING, Line
-from lslora_fairseq.errors import ConfigError
+from lslora_fairseq.errors import ConfigError, listed
 
 # Shares of <unk> in one file from which on it is a warning, and an error. A dictionary and a
 # SentencePiece model that belong together leave rare characters; a wrong one loses whole words.
@@ -106,7 +106,7 @@ def judge(split, shares, rows_in_file):
     if worst.share >= WARN_FROM:
         status = ERROR if worst.share >= FAIL_FROM else WARNING
         many = [f"{lang} {share:.1%}" for lang, share in by_lang.items() if share >= WARN_FROM]
-        found += f"; {', '.join(many)}; most in {worst.file.name}: {worst.share:.1%}"
+        found += f"; {listed(many)}; most in {worst.file.name}: {worst.share:.1%}"
         remedy = (
             "encode the text with the SentencePiece model of the base model, and give its "
             "dictionary to fairseq-preprocess as --srcdict and --tgtdict"

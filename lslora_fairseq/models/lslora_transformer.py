@@ -10,6 +10,7 @@ import logging
 from contextlib import contextmanager
 
 from fairseq.dataclass.utils import gen_parser_from_dataclass
+from fairseq.distributed.utils import get_global_world_size
 from fairseq.models import register_model
 from fairseq.models.transformer import (
     TransformerConfig,
@@ -21,7 +22,7 @@ from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from fairseq.tasks import FairseqTask
 
 from lslora_fairseq.config import LORA_FIELDS, LSLoConfig, resolve
-from lslora_fairseq.errors import ConfigError, one_line_errors
+from lslora_fairseq.errors import ConfigError, listed, one_line_errors
 from lslora_fairseq.lora.adapters import LayerAdapters
 from lslora_fairseq.lora.linear import LSLoLinear
 from lslora_fairseq.lora.merge import merged
@@ -34,6 +35,7 @@ from lslora_fairseq.models.layers import (
     keep_batch_first,
 )
 from lslora_fairseq.models.loading import check_keys, is_adapter_key, match_rows, take_rows
+from lslora_fairseq.unsupported import refuse_processes, refuse_unsupported
 
 logger = logging.getLogger(__name__)
 
@@ -258,7 +260,9 @@ class LSLoTransformerModel(TransformerModel):
                     "adapters need the language of each sentence, which this task does not tell: "
                     "add --task translation_multi_lslora"
                 )
-            _refuse(args)
+            refuse_unsupported(args)
+            if getattr(task, "training", False):
+                refuse_processes(args, get_global_world_size())
             model = super().build_model(args, task)
             model.add_adapters(args)
         return model
@@ -436,24 +440,7 @@ def _warn_of_new_rows(matched, symbols):
     if new:
         logger.warning(
             "%d embedding rows are new to the base model and stay untrained, since the base is "
-            "frozen: %s%s",
+            "frozen: %s",
             len(new),
-            " ".join(new[:20]),
-            " …" if len(new) > 20 else "",
+            listed(new, " "),
         )
-
-
-def _refuse(args):
-    """Options of fairseq's transformer that adapters do not support."""
-    for option, given in (
-        ("--encoder-layerdrop", getattr(args, "encoder_layerdrop", 0)),
-        ("--decoder-layerdrop", getattr(args, "decoder_layerdrop", 0)),
-        ("--quant-noise-pq", getattr(args, "quant_noise_pq", 0)),
-        ("--quant-noise-scalar", getattr(args, "quant_noise_scalar", 0)),
-        ("--ddp-backend fully_sharded", getattr(args, "ddp_backend", "") == "fully_sharded"),
-        ("--encoder-xformers-att-config", getattr(args, "encoder_xformers_att_config", None)),
-        ("--decoder-xformers-att-config", getattr(args, "decoder_xformers_att_config", None)),
-        ("--no-cross-attention", getattr(args, "no_cross_attention", False)),
-    ):
-        if given:
-            raise ConfigError(f"{option} does not work with adapters: leave it out")

@@ -3,6 +3,7 @@
 import functools
 import logging
 import os
+import re
 from argparse import Namespace
 
 from fairseq.logging import metrics
@@ -12,7 +13,7 @@ from omegaconf import OmegaConf
 
 from lslora_fairseq.checkpoints import read_args, resumed_checkpoint
 from lslora_fairseq.config import LORA_FIELDS, PruningConfig
-from lslora_fairseq.errors import ConfigError, one_line_errors
+from lslora_fairseq.errors import ConfigError, listed, one_line_errors
 from lslora_fairseq.languages import Languages
 from lslora_fairseq.lora.plan import SIDES
 from lslora_fairseq.models.loading import BaseModel
@@ -100,7 +101,7 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
         if self.languages is not None and self.languages.codes != model.languages.codes:
             raise ConfigError(
                 "the models of the ensemble have adapters for different languages: "
-                f"{', '.join(self.languages.codes)} and {', '.join(model.languages.codes)}"
+                f"{listed(self.languages.codes)} and {listed(model.languages.codes)}"
             )
         self.languages = model.languages
         pairs = list(self.lang_pairs)
@@ -111,14 +112,14 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
             lacking = sorted(c for c in used if c not in self.languages)
             if lacking and model.plan.needs(side):
                 raise ConfigError(
-                    f"no adapter for {', '.join(lacking)} of the data: add it to --lora-tiers "
-                    f"(adapters: {', '.join(self.languages.codes)})"
+                    f"no adapter for {listed(lacking)} of the data: add it to --lora-tiers "
+                    f"(adapters: {listed(self.languages.codes)})"
                 )
         absent = [c for c in self.languages.codes if c not in self.langs]
         if absent and self.training:
             raise ConfigError(
-                f"--lora-tiers has {', '.join(absent)}, absent from --langs "
-                f"({','.join(self.langs)}), and would have no language token: take it out of "
+                f"--lora-tiers has {listed(absent)}, absent from --langs "
+                f"({listed(self.langs, ',')}), and would have no language token: take it out of "
                 "--lora-tiers, or add it to --langs"
             )
 
@@ -170,7 +171,7 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
         lacking = [pair for pair in self.lang_pairs if f"main:{pair}" not in found]
         if lacking:
             raise ConfigError(
-                f"{self.args.data} has no {split} data of {', '.join(lacking)}: prepare it with "
+                f"{self.args.data} has no {split} data of {listed(lacking)}: prepare it with "
                 "fairseq-preprocess, or leave the direction out"
             )
 
@@ -295,8 +296,8 @@ def _check_pairs(args):
         unknown = [code for code in pair if args.langs and code not in args.langs]
         if unknown:
             raise ConfigError(
-                f"{'-'.join(pair)}: {unknown[0]} is absent from --langs ({','.join(args.langs)}): "
-                "choose one of these, or train with it in --langs"
+                f"{'-'.join(pair)}: {unknown[0]} is absent from --langs "
+                f"({listed(args.langs, ',')}): choose one of these, or train with it in --langs"
             )
 
 
@@ -317,17 +318,22 @@ def _restore_task_options(args):
     for name in ("langs", "encoder_langtok"):
         value, trained = getattr(args, name), saved.get(name)
         if value and trained and value != trained:
+            here, there = _from_first_difference(value, trained)
             raise ConfigError(
-                f"--{name.replace('_', '-')} {_text(value)} differs from {_text(trained)}, with "
-                f"which {path} was trained: leave the option out"
+                f"--{name.replace('_', '-')} {here} differs from {there}, with which {path} was "
+                "trained: leave the option out"
             )
     for name in TASK_FIELDS:
         if saved.get(name) is not None and not (name == "lang_dict" and args.lang_dict):
             setattr(args, name, saved[name])
 
 
-def _text(value):
-    return ",".join(value) if isinstance(value, list) else value
+def _from_first_difference(*values):
+    """Two values of an option for a message, long lists from where they differ."""
+    texts = [",".join(v) if isinstance(v, list) else str(v) for v in values]
+    parts = [re.split("(?<=[,;])", text) for text in texts]
+    start = len(os.path.commonprefix(parts))
+    return [listed(part, "", start) for part in parts]
 
 
 def restore_lora_options(args, path, saved, langs):
@@ -351,16 +357,18 @@ def restore_lora_options(args, path, saved, langs):
     if saved.get("lora_tiers") is None:
         return
     if list(saved.get("langs") or langs) != list(langs):
+        there, here = _from_first_difference(saved["langs"], list(langs))
         raise ConfigError(
-            f"{path} was trained with --langs {','.join(saved['langs'])}, this run has "
-            f"{','.join(langs)}: the order numbers the language tokens; resume with the old one"
+            f"{path} was trained with --langs {there}, this run has {here}: the order numbers the "
+            "language tokens; resume with the old one"
         )
     given = Namespace(**{n: getattr(args, n) for n in LORA_FIELDS if hasattr(args, n)})
     for name in LORA_FIELDS:
         value = getattr(given, name, None)
         if value is not None and not _same(name, value, saved[name]):
+            here, there = _from_first_difference(value, saved[name])
             raise ConfigError(
-                f"--{name.replace('_', '-')} {value} differs from {saved[name]} of {path}, which "
+                f"--{name.replace('_', '-')} {here} differs from {there} of {path}, which "
                 "this run resumes: leave the option out, or choose another --save-dir"
             )
         setattr(args, name, saved[name])

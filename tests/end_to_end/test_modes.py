@@ -31,9 +31,11 @@ def model_of(save_dir):
 
 
 @pytest.fixture(scope="module")
-def fp32_losses(corpus, tmp_path_factory):
-    _, out, _ = run("fairseq-train", *finetune_args(corpus, tmp_path_factory.mktemp("fp32")))
-    return losses(out)
+def fp32(corpus, tmp_path_factory):
+    """(the losses of each epoch, the model) of a run without further options."""
+    save_dir = tmp_path_factory.mktemp("fp32")
+    _, out, _ = run("fairseq-train", *finetune_args(corpus, save_dir))
+    return losses(out), model_of(save_dir)
 
 
 @pytest.mark.parametrize(
@@ -46,18 +48,30 @@ def fp32_losses(corpus, tmp_path_factory):
     ],
     ids=lambda flags: flags[0].strip("-"),
 )
-def test_precisions(corpus, tmp_path, fp32_losses, flags):
+def test_precisions(corpus, tmp_path, fp32, flags):
+    """--amp computes in fp32 where there is no GPU; models/ has its autocast."""
     if flags != ["--amp"] and not toy.HALF_ON_CPU:
         pytest.skip("this torch computes no fp16 on a CPU")
     args = finetune_args(corpus, tmp_path / "run", *flags)
     _, out, _ = run("fairseq-train", *args)
     # fp16 keeps 11 bits; losses are means over hundreds of tokens
-    assert losses(out) == pytest.approx(fp32_losses, abs=0.02)
+    assert losses(out) == pytest.approx(fp32[0], abs=0.02)
     model = model_of(tmp_path / "run")
     pruned = [(B, mask) for _, B, _, mask in adapters_in(model).values()]
     assert all(not w[~m].any() for w, m in pruned)
     removed = sum(int((~m).sum()) for _, m in pruned) / sum(m.numel() for _, m in pruned)
     assert removed == pytest.approx(0.9, abs=0.001)
+
+
+@pytest.mark.parametrize("flag", ["--checkpoint-activations", "--offload-activations"])
+def test_checkpointed_activations_change_no_bit(corpus, tmp_path, fp32, flag):
+    """With dropout, which is drawn again; offloading implies checkpointing."""
+    save_dir = tmp_path / "run"
+    _, out, _ = run("fairseq-train", *finetune_args(corpus, save_dir, flag))
+    assert "checkpoint_activations=True" in out
+    assert losses(out) == fp32[0]
+    for key, value in model_of(save_dir).items():
+        assert torch.equal(value, fp32[1][key]), key
 
 
 PLACEMENTS = {

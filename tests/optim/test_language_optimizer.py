@@ -7,9 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 import toy
 from fairseq.optim import OPTIMIZER_REGISTRY, AMPOptimizer, FP16Optimizer
 from fairseq.optim import MemoryEfficientFP16Optimizer as MemoryEfficient
+from torch.utils._python_dispatch import TorchDispatchMode
 from toy import adapters, batch, build, set_adapters
 
 from lslora_fairseq.errors import UserError
@@ -287,19 +289,26 @@ PRECISIONS = {
 }
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("inner", ["adam", "adafactor"])
-@pytest.mark.filterwarnings("ignore:.*GradScaler")
-def test_guarantees_hold_in_every_precision(precision, inner):
+def in_precision(precision, inner="adam", **more):
+    """A model in this precision, and the builder of its optimizer, fairseq's wrapper included."""
     cls, dtype, common = PRECISIONS[precision]
     if dtype == torch.float16 and not toy.HALF_ON_CPU:
         pytest.skip("this torch computes no fp16 on a CPU")
     model = set_adapters(build()).to(dtype)
-    args = options(inner, weight_decay=0.1)
+    args = options(inner, weight_decay=0.1, **more)
     args.optimizer = f"pruned_{inner}"
     config = fairseq_config(args)
     vars(config.common).update(common)
-    optimizer = cls.build_optimizer(config, adapters(model))
+    return model, lambda: cls.build_optimizer(config, adapters(model))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("inner", ["adam", "adafactor"])
+@pytest.mark.filterwarnings("ignore:.*GradScaler")
+def test_guarantees_hold_in_every_precision(precision, inner):
+    dtype = PRECISIONS[precision][1]
+    model, build_optimizer = in_precision(precision, inner)
+    optimizer = build_optimizer()
     pruned = wrapped(optimizer)
     for epoch in range(1, 5):
         pruned.prune_at(epoch, 0)
@@ -322,9 +331,92 @@ def test_guarantees_hold_in_every_precision(precision, inner):
     entries = sum(mask.numel() for mask in masks)
     assert removed == pytest.approx(0.6 * entries, abs=4)
     state = copy.deepcopy(optimizer.state_dict())
-    again = cls.build_optimizer(config, adapters(model))
+    again = build_optimizer()
     again.load_state_dict(state)
     assert same(state, again.state_dict())
+
+
+def cross_entropies(model, optimizer, autocast=None):
+    """The loss of each of eight updates, pruning meanwhile; on the batches of two seeds."""
+    losses = []
+    for number in range(8):
+        wrapped(optimizer).prune_at(number + 1, number)
+        optimizer.zero_grad()
+        net_input = batch(ALL, seed=number % 2)
+        with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+            out = model(**net_input)[0].float().flatten(0, 1)
+        loss = F.cross_entropy(out, net_input["src_tokens"].flatten())
+        losses.append(loss.item())
+        optimizer.backward(loss)
+        optimizer.clip_grad_norm(1.0)
+        optimizer.step()
+    return losses
+
+
+LOSSES = {"fp16": 0.005, "bf16": 0.02, "amp": 0.02}  # a rounding: 0.05 % in fp16, 0.4 % in bf16
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.filterwarnings("ignore:.*GradScaler")
+def test_losses_agree_with_fp32(precision):
+    """For amp with the autocast of a CPU, in bf16; fairseq's is that of a GPU, in fp16.
+
+    The tolerances are a few roundings: Adam's first steps follow the sign of tiny gradients too.
+    """
+    model, build_optimizer = in_precision(precision, lr=[0.002])
+    reference = set_adapters(build())
+    expected = cross_entropies(reference, optimizer_for(reference, weight_decay=0.1, lr=[0.002]))
+    assert expected[-1] < 0.95 * expected[0]
+    autocast = torch.bfloat16 if precision == "amp" else None
+    found = cross_entropies(model, build_optimizer(), autocast)
+    assert found != expected
+    assert found == pytest.approx(expected, rel=LOSSES[precision.rpartition(" ")[2]])
+
+
+class Work(TorchDispatchMode):
+    """Records every operation and the sizes of what it gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.done = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = function(*args, **(kwargs or {}))
+        tensors = given if isinstance(given, (tuple, list)) else [given]
+        sizes = [tuple(t.shape) for t in tensors if torch.is_tensor(t)]
+        self.done.append((str(function), sizes))
+        return given
+
+
+def test_languages_absent_from_the_batch_take_no_part():
+    """A step among 200 languages is that among the three of the batch: in its operations and
+    their sizes, in what is kept for backward, in gradients and in the optimizer's state."""
+    found = []
+    for codes, (a, b, c) in ((3, (0, 1, 2)), (200, (17, 50, 199))):
+        tiers = "all=" + ",".join(f"l{number:03}" for number in range(codes))
+        model = set_adapters(build(lora_tiers=tiers, lora_rank="2"))
+        optimizer = optimizer_for(model)
+        saved, work = [], Work()
+        optimizer.zero_grad()
+        with (
+            work,
+            torch.autograd.graph.saved_tensors_hooks(
+                lambda t, saved=saved: saved.append(tuple(t.shape)) or t, lambda t: t
+            ),
+        ):
+            model(**batch([(a, b), (b, c), (a, c)]))[0].square().mean().backward()
+            optimizer.step()
+        given = [p for p in adapters(model) if p.grad is not None]
+        owners = {(Adapter.of(p).side, Adapter.of(p).language) for p in given}
+        assert owners == {("source", a), ("source", b), ("target", b), ("target", c)}
+        state = optimizer.optimizer.inner.state
+        kept = [m.shape for m in state] + [
+            v.shape for s in state.values() for v in s.values() if torch.is_tensor(v)
+        ]
+        assert len(state) == 4
+        found.append((work.done, saved, [p.grad.shape for p in given], kept))
+    for few, many in zip(*found):
+        assert few == many
 
 
 def test_flat_gradients_are_refused_with_the_option():

@@ -11,8 +11,11 @@ from console import LANGS, LANGTOKS, PAIRS, SIZES, TIERS, with_option, without
 from fairseq import options
 from omegaconf import OmegaConf
 
+from lslora_fairseq import unsupported
 from lslora_fairseq.errors import ConfigError, UserError
+from lslora_fairseq.models import lslora_transformer
 from lslora_fairseq.tasks.translation_multi_lslora import TranslationMultiLSLoTask as Task
+from lslora_fairseq.tasks.translation_multi_lslora import restore_lora_options
 
 
 @pytest.fixture(scope="module")
@@ -118,14 +121,6 @@ def test_a_language_needs_an_adapter_on_the_sides_that_index_a_layer(data):
         (["--pruning-duration", "0"], "--pruning-duration 0 must be at least 1"),
         (["--pruning-unit", "batch"], "--pruning-unit batch must be epoch or update"),
         (["--pruning-scope", "all"], "--pruning-scope all must be language or layer"),
-        (["--encoder-layerdrop", "0.1"], "--encoder-layerdrop does not work with adapters: leave"),
-        (["--quant-noise-pq", "0.1"], "--quant-noise-pq does not work with adapters: leave it out"),
-        (["--ddp-backend", "fully_sharded"], "--ddp-backend fully_sharded does not work with ada"),
-        (
-            ["--encoder-xformers-att-config", "{'name': 'favor'}"],
-            "--encoder-xformers-att-config does not work with adapters: leave it out",
-        ),
-        (["--no-cross-attention"], "--no-cross-attention does not work with adapters: leave it"),
         (["--finetune-from-model", "/none.pt"], "--finetune-from-model /none.pt: no such file: n"),
         (
             ["--finetune-from-model", "base.pt", "--reset-optimizer"],
@@ -141,6 +136,68 @@ def test_a_language_needs_an_adapter_on_the_sides_that_index_a_layer(data):
 )
 def test_options_are_refused_before_anything_is_trained(data, more, message):
     refused(build, training(data, *more), message)
+
+
+UNSUPPORTED = [
+    "--encoder-layerdrop 0.1", "--decoder-layerdrop 0.1", "--encoder-layers-to-keep 0,2",
+    "--decoder-layers-to-keep 0", "--base-layers 1", "--encoder-xformers-att-config {'name':'x'}",
+    "--decoder-xformers-att-config {'name':'x'}", "--no-cross-attention", "--quant-noise-pq 0.1",
+    "--quant-noise-scalar 0.1", "--quantization-config-path q.yaml", "--model-parallel-size 2",
+    "--pipeline-model-parallel", "--tpu", "--store-ema", "--use-bmuf", "--zero-sharding os",
+    "--ddp-backend fully_sharded", "--ddp-backend slowmo",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", UNSUPPORTED)
+def test_options_that_do_not_work_with_adapters_are_refused(data, words):
+    option = words if words.startswith("--ddp-backend") else words.split()[0]
+    refused(
+        build, training(data, *words.split()), f"{option} does not work with adapters: leave it out"
+    )
+
+
+def test_every_unsupported_option_is_among_these():
+    tried = {words.split()[0].lstrip("-").replace("-", "_") for words in UNSUPPORTED}
+    assert tried == {*unsupported.MODEL, *unsupported.TRAINING, "ddp_backend"}
+
+
+PROCESSES = {
+    "--ddp-backend pytorch_ddp": "needs --find-unused-parameters, since a process may have no "
+    "sentence of a language: add it, or use --ddp-backend legacy_ddp",
+    **dict.fromkeys(
+        [
+            "--ddp-backend c10d --find-unused-parameters --checkpoint-activations",
+            "--ddp-backend c10d --find-unused-parameters --offload-activations",
+        ],
+        "does not work with --checkpoint-activations or --offload-activations: use --ddp-backend "
+        "legacy_ddp",
+    ),
+    "--ddp-backend c10d --find-unused-parameters": None,
+    "--ddp-backend legacy_ddp --checkpoint-activations": None,
+    "--ddp-backend no_c10d": None,
+}
+
+
+@pytest.mark.parametrize("words", PROCESSES)
+def test_backends_that_would_wait_for_absent_languages_are_refused(data, monkeypatch, words):
+    words, message = words.split(), PROCESSES[words]
+    build(training(data, *words))  # one process
+    monkeypatch.setattr(lslora_transformer, "get_global_world_size", lambda: 2)
+    if message is None:
+        build(training(data, *words))
+    else:
+        refused(build, training(data, *words), f"{words[0]} {words[1]} with 2 processes {message}")
+
+
+@pytest.mark.parametrize("version, message", [("2.3.1", "and --update-freq does"), ("2.4.0", None)])
+def test_an_old_torch_loses_gradients_of_several_batches(data, monkeypatch, version, message):
+    words = "--ddp-backend c10d --find-unused-parameters --update-freq 1,2".split()
+    monkeypatch.setattr(lslora_transformer, "get_global_world_size", lambda: 2)
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
+    if message is None:
+        build(training(data, *words))
+    else:
+        refused(build, training(data, *words), f"--ddp-backend c10d with 2 processes {message}")
 
 
 def test_fp16_keeps_the_languages_apart(data):
@@ -276,6 +333,25 @@ def test_a_resumed_run_refuses_other_langs(data, tmp_path, langs):
     path = checkpoint(tmp_path / "checkpoint_last.pt")
     message = f"{path} was trained with --langs de,en,fr,ja, this run has {langs}: the order numbe"
     refused(build, with_option(resuming(data, tmp_path), "--langs", langs), message)
+
+
+def test_of_two_long_lists_the_message_shows_where_they_differ():
+    codes = [f"l{number}" for number in range(200)]
+    swapped = [*codes[:90], codes[91], codes[90], *codes[92:]]
+    saved = {"langs": codes, "lora_tiers": f"all={','.join(codes)}"}
+    message = (
+        "x.pt was trained with --langs …l90,l91,l92,l93,l94,l95,l96,l97,… (200 in all), this run "
+        "has …l91,l90,l92,l93,l94,l95,l96,l97,… (200 in all): the order numbers"
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
+        restore_lora_options(Namespace(), "x.pt", saved, swapped)
+    tiers = Namespace(lora_tiers=f"all={','.join(codes[:-1])};low={codes[-1]}")
+    message = (
+        "--lora-tiers …l198;low=l199 (200 in all) differs from …l198,l199 (200 in all) of x.pt, "
+        "which this run resumes"
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
+        restore_lora_options(tiers, "x.pt", saved, codes)
 
 
 def test_a_resumed_run_refuses_another_optimizer_unless_it_is_reset(data, tmp_path):
