@@ -15,6 +15,8 @@ sections:
   pruning    one pruning in the shape of M2M-124 615M (needs about 3 GB of memory)
   startup    fairseq-train up to its first update on a base of that size, against fairseq alone
              (needs about 6 GB of memory and writes 3 GB to the folder for temporary files)
+  lifecycle  a base of that size through load, update, save, resume, pruning, merge and decoding
+             (needs about 10 GB of memory and writes 11 GB)
 
 presets:
   cpu-small  d 512, feed-forward 2048, 6 + 6 layers, 8 heads, 16,000 words
@@ -29,7 +31,7 @@ reuse: PyTorch's large tensors otherwise cost fresh pages every time.
 examples:
   python scripts/benchmark.py
   python scripts/benchmark.py --preset cpu-m2m --languages 1,12,100 --sections step,memory
-  python scripts/benchmark.py --sections pruning,startup --repetitions 3
+  python scripts/benchmark.py --sections pruning,startup,lifecycle --repetitions 3
 """
 
 import argparse
@@ -43,14 +45,17 @@ from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import benchmark_615m
+import benchmark_sections
 import torch
 from benchmark_models import PRESETS
 from benchmark_report import can_draw, draw
-from benchmark_sections import SECTIONS, progress
+from benchmark_sections import progress
 
 from lslora_fairseq.errors import ConfigError, one_line_errors
 
-DEFAULT_SECTIONS = "step,memory,decode,optimizer"
+SECTIONS = {**benchmark_sections.SECTIONS, **benchmark_615m.SECTIONS}
+DEFAULT_SECTIONS = ",".join(benchmark_sections.SECTIONS)
 ALLOCATOR = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184"
 PACKAGES = (
     "lslora_fairseq", "torch", "fairseq", "ve-fairseq", "numpy", "transformers", "peft",

@@ -234,6 +234,16 @@ class FrozenBase(Contender):
         self.model.zero_grad(set_to_none=True)
 
 
+class ContiguousFrozenBase(FrozenBase):
+    """The same without the slow path that ``F.linear`` takes for a frozen weight and a transposed
+    input: the output projection of fairseq's decoder is one. This package's layers are not on it.
+    """
+
+    def logits(self, batch):
+        features, _ = self.model(**batch.tokens, features_only=True)
+        return self.model.decoder.output_layer(features.contiguous())
+
+
 def train_lowest_biases(model, *stacks):
     """Freezes all but the biases of the first query, key and value projections of each stack."""
     model.requires_grad_(False)
@@ -430,11 +440,13 @@ def check_peft():
 
 
 FROZEN, FULL, SHARED = "frozen base", "full fine-tuning", f"shared LoRA (rank {LOW_RANK})"
+CONTIGUOUS = "frozen base, contiguous"
 LOOP, OURS = "per-language loop", "lslora_fairseq"
 HF_FROZEN, HF_PEFT = "frozen Hugging Face twin", f"PEFT on it (rank {LOW_RANK})"
 
 CONTENDERS = {
     FROZEN: FrozenBase,
+    CONTIGUOUS: ContiguousFrozenBase,
     FULL: FullFineTuning,
     SHARED: SharedLoRA,
     OURS: Ours,

@@ -2,13 +2,8 @@
 
 import gc
 import logging
-import os
-import shutil
-import subprocess
 import sys
-import tempfile
 import time
-from argparse import Namespace
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from ctypes import CDLL
@@ -20,7 +15,6 @@ from types import SimpleNamespace
 import benchmark_models as models
 import torch
 from benchmark_report import Spread, Table, ratios
-from fairseq.models.transformer import TransformerModel
 from fairseq.sequence_generator import SequenceGenerator
 
 from lslora_fairseq.errors import ConfigError
@@ -270,7 +264,8 @@ def decoding(contender, batch, setting, direction=(None, None), length=25, beam=
         direction: codes of the source and target language if all sentences share them: the
             adapters may then be merged
     """
-    model = contender.model.eval()
+    # frozen, the output projection of stock models would take a slow path (ContiguousFrozenBase)
+    model = contender.model.eval().requires_grad_()
     source, target = direction
     task = SimpleNamespace(source_lang=source, target_lang=target)
     model.prepare_for_inference_(SimpleNamespace(generation=SimpleNamespace(), task=task))
@@ -294,7 +289,7 @@ def decode(options):
     direction = models.codes(LANGUAGES)[:2]
     runs = {}
     for name, label, batch, merged in (
-        ("frozen base", models.FROZEN, single, False),
+        ("base", models.FULL, single, False),
         ("merged, one direction", models.OURS, single, True),
         ("adapters, one direction", models.OURS, single, False),
         ("adapters, mixed directions", models.OURS, mixed, False),
@@ -304,10 +299,10 @@ def decode(options):
         contender.add_noise()
         runs[name] = decoding(contender, batch, setting, direction if merged else (None, None))
     found = interleaved("decode", runs, options.repetitions)
-    base = found["frozen base"]
+    base = found["base"]
     rows = {name: [Spread.of(times), ratios(times, base)] for name, times in found.items()}
     title = f"Decoding, beam 5, 8 sentences of 25 tokens, {LANGUAGES} languages"
-    return Result([Table(title, ["seconds", "÷ frozen base"], rows)], {"times": found})
+    return Result([Table(title, ["seconds", "÷ base"], rows)], {"times": found})
 
 
 def optimizer(options):
@@ -326,170 +321,9 @@ def optimizer(options):
     return Result([Table(title, columns, rows)], {"times": raw})
 
 
-def pruning(options):
-    """Time of bringing the masks of a 615M model to another sparsity."""
-    setting = models.M2M_615M
-    setting = models.Setting(setting.layers, setting.dim, setting.ffn, setting.heads, words=100)
-    contender = models.Ours(setting, LANGUAGES)
-    contender.add_noise()
-    # a share that rises in every repetition
-    contender.start_optimizer(pruning_begin=0, pruning_duration=options.repetitions + 1)
-    epoch = 0
-
-    def prune():
-        nonlocal epoch
-        epoch += 1
-        start = seconds(setting.device)
-        contender.optimizer.prune_at(epoch, 0)
-        return seconds(setting.device) - start
-
-    found = interleaved("pruning", {"prune": prune}, options.repetitions)["prune"]
-    entries = sum(p.numel() for p in contender.trainable())
-    title = f"Pruning of {LANGUAGES} languages' adapters in the shape of M2M-124 615M"
-    rows = {f"{entries:,} entries": [Spread.of(found)]}
-    return Result([Table(title, ["seconds"], rows)], {"times": found})
-
-
-def startup(options):
-    """fairseq-train up to its first update, with a base model of 615M."""
-    setting, raw = models.M2M_615M, {}
-    needed = 5 * setting.base_parameters  # fairseq 0.12.2 saves some of the weights twice
-    with tempfile.TemporaryDirectory() as folder:
-        available = shutil.disk_usage(folder).free
-        if available < needed:
-            raise ConfigError(
-                f"--sections startup writes {needed / 1e9:.1f} GB to {tempfile.gettempdir()}, "
-                f"which has {available / 1e9:.1f}: free some, or set TMPDIR to another folder"
-            )
-        progress("startup: writing a base model")
-        in_own_process(write_base, setting, folder)
-        commands = {
-            "fairseq alone": train_command(
-                setting, folder, "--arch", "transformer", "--optimizer", "adam",
-                "--task", "translation_multi_simple_epoch",
-            ),
-            models.OURS: train_command(
-                setting, folder, "--user-dir", USER_DIR, "--arch", "lslora_transformer",
-                "--optimizer", "pruned_adam", "--task", "translation_multi_lslora",
-                *as_arguments(models.adapter_options(LANGUAGES)),
-            ),
-        }  # fmt: skip
-        runs = {
-            name: lambda command=command: in_own_process(run_command, command, options.threads)
-            for name, command in commands.items()
-        }
-        raw = interleaved("startup", runs, options.repetitions)
-    stock = raw["fairseq alone"]
-    rows = {}
-    for name, measured in raw.items():
-        times, peaks = zip(*measured)
-        base_times, base_peaks = zip(*stock)
-        rows[name] = [
-            Spread.of(times),
-            ratios(times, base_times),
-            Spread.of([peak / MEGABYTE for peak in peaks]),
-            ratios(peaks, base_peaks),
-        ]
-    columns = ["seconds", "÷ fairseq alone", "peak, MiB", "÷ fairseq alone"]
-    title = f"Start of fairseq-train up to the first update, base of {setting.words:,} words"
-    return Result([Table(title, columns, rows)], {"seconds_and_bytes": raw})
-
-
-def write_base(setting, folder):
-    """Writes a stock checkpoint with random weights, base.pt, and a small data set for it."""
-    folder, langs = Path(folder), models.codes(LANGUAGES)
-    words = setting.dictionary.symbols[4 : setting.words - LANGUAGES]  # then come the languages
-    (folder / "dict.txt").write_text("".join(f"{word} 1\n" for word in words))
-    for lang in langs[:2]:
-        (folder / f"train.{lang}").write_text(f"{' '.join(words[:20])}\n" * 100)
-    run_command(
-        [
-            sys.executable, "-m", "fairseq_cli.preprocess", "-s", langs[0], "-t", langs[1],
-            "--trainpref", folder / "train", "--validpref", folder / "train",
-            "--destdir", folder / "data",
-            "--srcdict", folder / "dict.txt", "--tgtdict", folder / "dict.txt",
-        ],
-        1,
-    )  # fmt: skip
-    model = setting.build(TransformerModel)
-    args = Namespace(
-        **setting.options(), arch="transformer", task="translation_multi_simple_epoch", langs=langs
-    )
-    history = {
-        "criterion_name": "LabelSmoothedCrossEntropyCriterion",
-        "optimizer_name": "FairseqAdam",
-        "lr_scheduler_state": {},
-        "num_updates": 0,
-    }
-    state = {
-        "args": args,
-        "model": model.state_dict(),
-        "optimizer_history": [history],
-        "extra_state": {"train_iterator": {"epoch": 1}},
-        "last_optimizer_state": None,
-    }
-    torch.save(state, folder / "base.pt")
-
-
-def train_command(setting, folder, *more):
-    """fairseq-train that loads everything, base.pt too, and ends before the first update."""
-    langs = models.codes(LANGUAGES)
-    folder = Path(folder)
-    return [
-        sys.executable, "-m", "fairseq_cli.train", folder / "data", *more, "--cpu",
-        "--langs", ",".join(langs), "--lang-pairs", f"{langs[0]}-{langs[1]}",
-        "--encoder-langtok", "src", "--decoder-langtok", "--sampling-method", "temperature",
-        "--finetune-from-model", folder / "base.pt", *as_arguments(setting.options()),
-        "--criterion", "label_smoothed_cross_entropy", "--label-smoothing", "0.1",
-        "--max-tokens", "4000", "--num-workers", "0", "--lr", "0.001", "--stop-min-lr", "1",
-        "--no-save", "--save-dir", folder / "none",
-    ]  # fmt: skip
-
-
-def as_arguments(options):
-    """Options by name as a command line; True is a flag."""
-    found = []
-    for name, value in options.items():
-        found += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
-    return found
-
-
-def run_command(command, threads):
-    """Runs a command of fairseq's to its end.
-
-    Its peak would not count below that of the process which starts it: start it from a small one.
-
-    Returns:
-        seconds and peak memory in bytes
-
-    Raises:
-        ConfigError: it failed.
-    """
-    # fairseq alone does not tell torch ≥ 2.6 that its checkpoints may be read
-    env = {"OMP_NUM_THREADS": str(threads), "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}
-    with tempfile.TemporaryFile("w+") as log:
-        start = time.perf_counter()
-        process = subprocess.Popen(
-            [str(part) for part in command],
-            stdout=log,
-            stderr=log,
-            env={**os.environ, **env},
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-        took = time.perf_counter() - start
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            log.seek(0)
-            last = (log.read().strip().splitlines() or ["no output"])[-1]
-            raise ConfigError(f"{command[2]} ended with status {process.returncode}: {last}")
-    return took, usage.ru_maxrss * 1024
-
-
 SECTIONS = {
     "step": step,
     "memory": memory,
     "decode": decode,
     "optimizer": optimizer,
-    "pruning": pruning,
-    "startup": startup,
 }

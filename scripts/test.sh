@@ -1,7 +1,16 @@
 #!/usr/bin/env bash
-# Runs ruff and the tests with coverage: bash scripts/test.sh [pytest arguments]
+# Runs ruff and the tests with coverage: bash scripts/test.sh [--python 3.10] [pytest arguments]
+# With --python, in an environment of its own with that Python (.venv-3.10).
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+if [ "${1:-}" = --python ]; then
+    if [ -z "${2:-}" ]; then
+        echo "lslora: error: --python needs a version, such as 3.10" >&2
+        exit 1
+    fi
+    export PYTHON="python$2" VENV="$ROOT/.venv-$2"
+    shift 2
+fi
 source "$ROOT/scripts/environment.sh"
 cd "$ROOT"
 ruff check .

@@ -16,6 +16,9 @@ ACTIVATION_BYTES = {"fp32": 4, "amp": 2.5, "fp16": 2, "memory-efficient-fp16": 2
 # gradients; the criterion computes in fp32 whatever the precision.
 LOGIT_BYTES = {"fp32": 16, "amp": 14, "fp16": 14, "memory-efficient-fp16": 14}
 
+# Adam's two moments, and fp32 masters unless the weights are; --fp16 has fp32 gradients beside them
+OPTIMIZER_BYTES = {"fp32": 8, "amp": 8, "fp16": 16, "memory-efficient-fp16": 12}
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -40,8 +43,8 @@ class Shape:
 def estimate(shape, precision, max_tokens, checkpointed=False):
     """Peak memory of a training step with ``pruned_adam``, a rough estimate.
 
-    Of a layer the backward pass needs, per token, 10 d entries and the inner dimension of its
-    feed-forward part, and 7 d more for cross-attention. A checkpointed layer keeps its input, d;
+    Of a layer the backward pass needs, per token, 8.5 d entries and the inner dimension of its
+    feed-forward part, and 6.25 d more for cross-attention. A checkpointed layer keeps its input, d;
     one layer at a time is then computed again.
 
     Args:
@@ -54,19 +57,17 @@ def estimate(shape, precision, max_tokens, checkpointed=False):
         dict of part -> bytes
     """
     weight, entries = WEIGHT_BYTES[precision], shape.adapter_entries
-    encoder, decoder = 10 * shape.dim + shape.ffn_dim, 17 * shape.dim + shape.ffn_dim
+    encoder, decoder = 8.5 * shape.dim + shape.ffn_dim, 14.75 * shape.dim + shape.ffn_dim
     kept = shape.encoder_layers * encoder + shape.decoder_layers * decoder
     if checkpointed:
         kept = (shape.encoder_layers + shape.decoder_layers) * shape.dim + decoder
     # AMP keeps a half-precision copy of every weight until the backward pass is through
     base = weight + (2 if precision == "amp" else 0)
-    # fp32 masters and Adam's two moments; --fp16 has copies and gradients in fp32 beside them
-    optimizer = 12 + (8 if precision == "fp16" else 0)
     return {
         "base model": base * shape.base_parameters,
         "adapters": (weight + 1) * entries,  # and their masks
         "gradients": weight * entries,
-        "optimizer": optimizer * entries,
+        "optimizer": OPTIMIZER_BYTES[precision] * entries,
         "activations": int(ACTIVATION_BYTES[precision] * kept * max_tokens),
         "output distribution": LOGIT_BYTES[precision] * shape.rows * max_tokens,
     }
@@ -75,7 +76,8 @@ def estimate(shape, precision, max_tokens, checkpointed=False):
 def checkpoint_size(shape, precision):
     """Bytes of a checkpoint: base model, adapters with masks, optimizer state."""
     weight = WEIGHT_BYTES[precision]
-    return weight * shape.base_parameters + (weight + 1 + 12) * shape.adapter_entries
+    masters = 4 if weight == 2 else 0
+    return weight * shape.base_parameters + (weight + 1 + masters + 8) * shape.adapter_entries
 
 
 def loading_peak(shape, file_size):

@@ -255,9 +255,13 @@ def apply_linears(x, linears):
             f"pass {first.site.side}_lang_ids to the model"
         )
     x = x.contiguous()
+    dtype = _autocast_dtype(x.device.type)
+    if dtype is None and route.present.stacks is not None and not torch.is_grad_enabled():
+        route = route.without_beams(x.size(0))
+        if not route.blocks[0].gathers:
+            return [_decoded(x, linear, route) for linear in linears]
     z = F.dropout(x, first.dropout) if first.training and first.dropout else None
     tensors = [x, z, *(linear.weight for linear in linears), *(linear.bias for linear in linears)]
-    dtype = _autocast_dtype(x.device.type)
     if dtype is not None:
         tensors = [None if t is None else t.to(dtype) for t in tensors]
     x, z, *tensors = tensors
@@ -265,6 +269,19 @@ def apply_linears(x, linears):
     blocks = route.without_beams(x.size(0)).blocks
     modules = tuple(lin.site.module if lin in adapted else None for lin in linears)
     return _LSLo.apply(x, z, stack, gradient, blocks, modules, *tensors)
+
+
+def _decoded(x, linear, route):
+    """A linear in a decoding step, in which all sentences share one block: the general formula
+    without what a backward pass needs. Steps are short, and every operation counts."""
+    y = F.linear(x, linear.weight, linear.bias)
+    if isinstance(linear, LSLoLinear):
+        stack, _ = _stack(linear, route, None)
+        a, b = linear.adapters.columns[linear.site.module]
+        h = F.linear(x[..., : linear.site.in_features], stack[:, a]).mul_(route.blocks[0].scaling)
+        part = y[..., : linear.site.out_features].flatten(0, 1)
+        part.addmm_(h.flatten(0, 1), stack[:, b])
+    return y
 
 
 def _stack(linear, route, dtype):

@@ -5,16 +5,20 @@ the languages. The stacking is the same in every layer, so that the rows of a se
 up once; languages absent from the batch take no part.
 """
 
+import math
+from collections import Counter
 from functools import cached_property
 from typing import NamedTuple, Union
 
 import torch
 from torch import nn
 
-# Rank columns of a shared block in a sorted batch. A block costs a few small matrix products, a
-# column of another language as much as one of the sentence's own; 8 to 32 columns were measured
-# alike.
+# A sorted batch is cut into blocks of neighbouring languages. A block costs a few small matrix
+# products, and every token pays for the columns of the block's other languages too. So a language
+# joins a block up to this many rank columns (8 to 32 were measured alike), and on a CPU, where
+# products cost more than calls, while what that adds of tokens · other languages' columns is small.
 BLOCK_RANK = 16
+BLOCK_WASTE = {"cpu": 1500}
 # Rank columns up to which unsorted sentences share one block; beyond, each gathers its own rows.
 UNSORTED_RANK = 64
 
@@ -85,24 +89,28 @@ class Present:
         mine = lang_ids[start:stop].unsqueeze(1) == self.owners[rows]
         return Block(start, stop, rows, (self.row_scaling[rows] * mine).unsqueeze(1))
 
-    def sorted(self, lang_ids):
+    def sorted(self, lang_ids, time):
         """The route of the sentences, sorted by language: blocks of neighbouring languages.
-
-        Languages of unequal ranks pay for their own alone.
 
         Args:
             lang_ids: (batch,) the batch's language indices in ascending order
+            time: tokens of a sentence, padding included
         """
-        ids = sorted(self._ids)
-        blocks, start, first, columns = [], 0, 0, 0
-        for number, (language, rank) in enumerate(zip(self.languages, self.ranks), 1):
-            columns += rank
-            following = self.ranks[number] if number < len(self.ranks) else BLOCK_RANK
-            if columns + following > BLOCK_RANK:
-                stop = _after(ids, language, start)
-                rows = slice(first, first + columns)
-                blocks.append(self._shared(lang_ids, start, stop, rows))
-                start, first, columns = stop, rows.stop, 0
+        allowed = BLOCK_WASTE.get(lang_ids.device.type, math.inf)
+        count = Counter(self._ids)
+        spans = []  # sentences and rank columns of each block
+        for language, rank in zip(self.languages, self.ranks):
+            sentences, columns = spans[-1] if spans else (0, BLOCK_RANK)
+            waste = time * (sentences * rank + count[language] * columns)
+            if columns + rank > BLOCK_RANK or waste > allowed:
+                spans.append((count[language], rank))
+            else:
+                spans[-1] = (sentences + count[language], columns + rank)
+        blocks, start, first = [], 0, 0
+        for sentences, columns in spans:
+            rows = slice(first, first + columns)
+            blocks.append(self._shared(lang_ids, start, start + sentences, rows))
+            start, first = start + sentences, rows.stop
         return Route(self, tuple(blocks))
 
     def unsorted(self, lang_ids):
@@ -132,13 +140,6 @@ class Present:
         languages, ranks = torch.tensor(self.languages), torch.tensor(self.ranks)
         first[languages], rank[languages] = ranks.cumsum(0) - ranks, ranks
         return first.to(self.owners.device), rank.to(self.owners.device)
-
-
-def _after(ids, language, start):
-    """The end of the run of sentences, in sorted *ids*, of languages up to this one."""
-    while start < len(ids) and ids[start] <= language:
-        start += 1
-    return start
 
 
 class Route(NamedTuple):

@@ -5,8 +5,9 @@ memory, in which the sentences of neighbouring languages are neighbouring rows, 
 need them; element-wise operations keep that layout, and attention and layer norms are taught to.
 """
 
+import torch
 import torch.nn.functional as F
-from fairseq.modules import MultiheadAttention
+from fairseq.modules import FairseqDropout, MultiheadAttention
 from fairseq.modules.transformer_layer import (
     TransformerDecoderLayerBase,
     TransformerEncoderLayerBase,
@@ -86,6 +87,18 @@ class LSLoAttention(MultiheadAttention):
         return out.transpose(0, 1), None
 
 
+class ByteDropout(FairseqDropout):
+    """Dropout that remembers one byte an entry; on a CPU, ``F.dropout`` keeps four.
+
+    The entries it drops are the same to the last one.
+    """
+
+    def forward(self, x, inplace=False):
+        if self.p > 0 and (self.training or self.apply_during_inference):
+            return torch.native_dropout(x, self.p, True)[0]
+        return x
+
+
 def keep_batch_first(module):
     """Teaches a module of fairseq's the layout; parameters and their names stay as they are."""
     for child in module.modules():
@@ -94,6 +107,8 @@ def keep_batch_first(module):
             child.skip_embed_dim_check = True
         elif type(child) is nn.LayerNorm:
             child.__class__ = BatchFirstLayerNorm
+        elif type(child) is FairseqDropout:
+            child.__class__ = ByteDropout
 
 
 class _RoutedLayer:

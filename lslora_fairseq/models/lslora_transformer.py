@@ -89,17 +89,17 @@ class _RoutedStack:
         }
 
     @contextmanager
-    def routed(self, ids, present, is_sorted):
+    def routed(self, ids, present, sorted_time=None):
         """Layers called inside find the routes of these sentences.
 
         Args:
             ids: side -> (batch,) language indices or None
             present: side -> :class:`Present`, of which the ids are
-            is_sorted: the sentences are sorted by :meth:`order`
+            sorted_time: if the sentences are sorted by :meth:`order`, their number of tokens
         """
         self.slot.routes = {
-            side: languages.sorted(ids[side])
-            if is_sorted and side == self.sorted_side
+            side: languages.sorted(ids[side], sorted_time)
+            if sorted_time and side == self.sorted_side
             else languages.unsorted(ids[side])
             for side, languages in present.items()
         }
@@ -162,7 +162,7 @@ class LSLoTransformerEncoder(_RoutedStack, TransformerEncoderBase):
             if token_embeddings is not None:
                 token_embeddings = token_embeddings[there]
             ids_there = _reorder_ids(ids, there)
-            with self.routed(ids_there, self.present(ids_there), is_sorted=True):
+            with self.routed(ids_there, self.present(ids_there), src_tokens.size(1)):
                 out = super().forward(*args, return_all_hiddens, token_embeddings)
             for key in ("encoder_padding_mask", "encoder_embedding", "src_lengths"):
                 out[key] = [t.index_select(0, back) for t in out[key]]
@@ -192,7 +192,7 @@ class LSLoTransformerDecoder(_RoutedStack, TransformerDecoderBase):
             for key, side in zip(LANG_IDS, SIDES)
         }
         if incremental_state is not None:
-            with self.routed(ids, self._kept_present(ids, incremental_state), is_sorted=False):
+            with self.routed(ids, self._kept_present(ids, incremental_state)):
                 return super().extract_features(
                     prev_output_tokens, encoder_out, incremental_state, *args, **kwargs
                 )
@@ -206,7 +206,7 @@ class LSLoTransformerDecoder(_RoutedStack, TransformerDecoderBase):
             "encoder_padding_mask": [t[there] for t in encoder_out["encoder_padding_mask"]],
         }
         ids = _reorder_ids(ids, there)
-        with self.routed(ids, self.present(ids), is_sorted=True):
+        with self.routed(ids, self.present(ids), prev_output_tokens.size(1)):
             features, extra = super().extract_features(
                 prev_output_tokens[there], encoder_out, None, *args, **kwargs
             )

@@ -104,6 +104,8 @@ class LanguageOptimizer(torch.optim.Optimizer):
                 views = [master.detach()]
             for piece, weight, view in zip(pieces, weights, views):
                 piece.master = view.view_as(weight)
+                if elementwise and params[piece.param].dtype == torch.float:
+                    params[piece.param].data = piece.master  # no second copy
             self.masters.append((master, pieces, key[:2]))
 
     @property
@@ -142,8 +144,14 @@ class LanguageOptimizer(torch.optim.Optimizer):
             master, pieces, _ = self.masters[number]
             master.grad = None
             self._clear_pruned(number)
-            for piece in pieces:
-                self._params[piece.param][:, piece.columns].copy_(piece.master)
+            self._write_back(pieces)
+
+    def _write_back(self, pieces):
+        """Copies masters to the parameters that do not share their memory."""
+        for piece in pieces:
+            weight = self._params[piece.param][:, piece.columns]
+            if weight.data_ptr() != piece.master.data_ptr():
+                weight.copy_(piece.master)
 
     def _gradient(self, piece):
         """(rank, columns) fp32; zeros in a layer where the language got none."""
@@ -204,7 +212,7 @@ class LanguageOptimizer(torch.optim.Optimizer):
             adapter.weight.masked_fill_(~adapter.mask, 0)
 
     def state_dict(self):
-        """The inner optimizer's state, the fp32 masters and the settings; no views of weights."""
+        """The inner optimizer's state, the fp32 masters and the settings, all in plain values."""
         state = self.inner.state_dict()
         state["masters"] = [master.detach() for master, _, _ in self.masters]
         state["settings"] = dict(self.settings)
@@ -246,6 +254,5 @@ class LanguageOptimizer(torch.optim.Optimizer):
         self.param_groups[0].update(hyper)
         for (master, pieces, _), weights in zip(self.masters, state_dict["masters"]):
             master.copy_(weights)
-            for piece in pieces:
-                self._params[piece.param][:, piece.columns].copy_(piece.master)
+            self._write_back(pieces)
         self.refresh_masks()

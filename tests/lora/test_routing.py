@@ -23,7 +23,7 @@ def test_the_languages_present_are_stacked_in_ascending_order():
 
 def test_a_sorted_route_shares_the_rows_of_neighbouring_languages():
     languages, ids = present([0, 1, 1, 2])
-    (block,) = languages.sorted(ids).blocks
+    (block,) = languages.sorted(ids, 5).blocks
     assert (block.start, block.stop, block.rows) == (0, 4, slice(0, 6))
     assert not block.gathers
     assert block.scaling.squeeze(1).tolist() == [
@@ -46,16 +46,33 @@ def test_a_sorted_route_shares_the_rows_of_neighbouring_languages():
 def test_a_block_ends_before_its_languages_have_too_many_columns(monkeypatch, columns, expected):
     monkeypatch.setattr(routing, "BLOCK_RANK", columns)
     languages, ids = present([0, 0, 1, 2, 2])
-    blocks = languages.sorted(ids).blocks
+    blocks = languages.sorted(ids, 5).blocks
     assert [(b.start, b.stop, b.rows.start, b.rows.stop) for b in blocks] == expected
     for block in blocks:
         columns = block.rows.stop - block.rows.start
         assert block.scaling.shape == (block.stop - block.start, 1, columns)
 
 
+def test_on_a_cpu_a_block_ends_before_its_columns_are_mostly_other_languages(monkeypatch):
+    languages, ids = present([0, 0, 1, 2])
+    expected = {
+        100: [(0, 4)],
+        99: [(0, 3), (3, 4)],  # fr in its block would be 10 tokens · (3 · 2 + 1 · 4)
+        69: [(0, 2), (2, 4)],  # en in that of de 10 · (2 · 3 + 1 · 1), fr in that of en 10 · 5
+        0: [(0, 2), (2, 3), (3, 4)],
+    }
+    for allowed, spans in expected.items():
+        monkeypatch.setattr(routing, "BLOCK_WASTE", {"cpu": allowed})
+        blocks = languages.sorted(ids, 10).blocks
+        found = [(block.start, block.stop) for block in blocks]
+        assert found == spans, allowed
+    monkeypatch.setattr(routing, "BLOCK_WASTE", {"cuda": 0})
+    assert len(languages.sorted(ids, 10**9).blocks) == 1
+
+
 def test_languages_absent_from_the_batch_cost_nothing():
     languages, ids = present([0, 2])
-    (block,) = languages.sorted(ids).blocks
+    (block,) = languages.sorted(ids, 5).blocks
     assert block.rows == slice(0, 3)
 
 
