@@ -173,7 +173,7 @@ class RouteSlot:
 
     Attributes:
         routes: index side -> :class:`Route`
-        stacks: index side -> the layer's adapters of the languages present
+        stacks: the layer's adapters -> those of the languages present, and their gradient
     """
 
     def __init__(self):

@@ -100,7 +100,8 @@ class ByteDropout(FairseqDropout):
 
 
 def keep_batch_first(module):
-    """Teaches a module of fairseq's the layout; parameters and their names stay as they are."""
+    """Teaches attention and layer norms of fairseq's the layout, and dropout to be small;
+    parameters and their names stay as they are."""
     for child in module.modules():
         if type(child) is MultiheadAttention:
             child.__class__ = LSLoAttention
