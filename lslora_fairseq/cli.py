@@ -16,6 +16,11 @@ COMMANDS = {
         "check versions, dictionary, languages, data, memory and disk before a run",
     ),
     "sides": ("analysis.sides", "which language should index each layer, after weight learning"),
+    "demand": ("analysis.demand", "how much of its adapters each language needs, after pruning"),
+    "suggest": (
+        "analysis.suggest",
+        "ranks and modules for a budget of parameters, from the demand",
+    ),
 }
 
 
