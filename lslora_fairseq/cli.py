@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 from importlib import import_module
 
@@ -58,7 +59,13 @@ def main(argv=None):
     if unknown and not getattr(args, "ignore_unknown", False):
         parser.error(f"unknown arguments: {' '.join(unknown)}")
     with one_line_errors():
-        return args.run(args)
+        try:
+            status = args.run(args)
+            sys.stdout.flush()
+            return status
+        except BrokenPipeError:  # the reader, such as head, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
 
 
 if __name__ == "__main__":

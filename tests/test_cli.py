@@ -1,9 +1,12 @@
 """The command line itself: help, mistakes, and a fairseq that cannot be imported."""
 
 import json
+import shutil
+import sys
 
+import handmade
 import pytest
-from console import lslora
+from console import ROOT, lslora, run
 
 from lslora_fairseq.cli import COMMANDS
 
@@ -58,3 +61,11 @@ def test_a_fairseq_that_cannot_be_imported_is_told(tmp_path):
         "omegaconf",
         "sacrebleu",
     ]
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
+    path = handmade.save(tmp_path, handmade.make(lambda *_: 1, pruning_final_sparsity=0.5))
+    command = f"'{sys.executable}' -m lslora_fairseq.cli demand '{path}' --format json"
+    piped = f"{command} | true; echo ${{PIPESTATUS[0]}}"
+    _, out, err = run(shutil.which("bash"), "-c", piped, PYTHONPATH=str(ROOT))
+    assert out == "0\n" and "Error" not in err

@@ -68,7 +68,7 @@ def figure(demand):
     maps = {stack: _heat(demand, stack) for stack in stacks}
     languages = len(demand.plan.languages)
     columns = [max(heat.shape[1], 3) for heat in maps.values()]
-    map_height = max(2.0, languages * (ROW if languages <= 40 else NARROW_ROW))
+    map_height = max(2.4, languages * (ROW if languages <= 40 else NARROW_ROW))
     made = Figure(
         figsize=(max(10, 2.6 + 0.42 * sum(columns)), map_height + 5.2), layout="constrained"
     )
@@ -90,11 +90,11 @@ def figure(demand):
         image, ax=made.axes[::2], fraction=0.04, pad=0.02, format=PercentFormatter(1, 0)
     )
     bar.ax.tick_params(labelsize=8)
-    bar.set_label("share of a language's entries that survive", fontsize=9)
+    bar.set_label("share of entries that survive", fontsize=9)
     bar.outline.set_visible(False)
     made.axes[1].set_ylabel("share that survives", fontsize=9)
     left.legend(
-        title="mean of a tier", fontsize=8, title_fontsize=8, frameon=False, loc="upper left",
+        title="mean of", fontsize=8, title_fontsize=8, frameon=False, loc="upper left",
         bbox_to_anchor=(1.01, 1),
     )  # fmt: skip
     return made
@@ -152,6 +152,8 @@ def _label_tiers(axes, demand):
 
 
 def _draw_bars(axes, demand, stack):
+    from matplotlib.ticker import PercentFormatter
+
     modules = demand.modules(stack)
     shares = {m: demand.shares(demand.sites(stack=stack, module=m)) for m in modules}
     width = 0.8 / len(demand.tiers)
@@ -159,11 +161,13 @@ def _draw_bars(axes, demand, stack):
         places = np.arange(len(modules)) - 0.4 + (number + 0.5) * width
         axes.bar(places, [demand.mean(shares[m], tier) for m in modules], width, label=tier)
     average = demand.mean(demand.shares(demand.sites(stack=stack)))
-    axes.axhline(average, color=INK, linewidth=1, linestyle="--", label="all modules")
+    axes.axhline(
+        average, color=INK, linewidth=1, linestyle="--", label="all languages, all modules"
+    )
     axes.set_title(f"{stack}: module types", fontsize=10)
     axes.set_xticks(range(len(modules)), modules, rotation=30, ha="right", fontsize=8)
     axes.tick_params(axis="y", labelsize=8)
-    axes.yaxis.set_major_formatter(lambda share, _: _percent(share))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -179,7 +183,9 @@ def _whose(demand, stack):
         layers = sorted({site.layer for site in demand.sites(stack=stack, side=side)})
         if layers:
             parts.append(f"of the {side} language in {_ranges(layers)}")
-    return f"adapters {', '.join(parts)}"
+    adapted = {site.layer for site in demand.sites(stack=stack)}
+    grey = "; grey: no adapters" if len(adapted) <= max(adapted) else ""
+    return f"adapters {', '.join(parts)}{grey}"
 
 
 def _ranges(numbers):

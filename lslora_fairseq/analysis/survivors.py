@@ -93,7 +93,7 @@ class Demand:
                 "--pruning-scope language leaves the same share of every language: only layers "
                 "and modules can be compared; train with --pruning-scope layer"
             )
-        if self.final_sparsity and self.sparsity < self.final_sparsity - 0.001:
+        if self.final_sparsity and self.sparsity < self.final_sparsity - 0.005:
             lines.append(
                 f"pruning has removed {self.sparsity:.1%} and was to remove "
                 f"{self.final_sparsity:.1%} in the end: take the run's last checkpoint"
