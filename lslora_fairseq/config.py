@@ -66,8 +66,13 @@ class LSLoConfig(FairseqDataclass):
         "language that indexes each encoder layer: source, target, or counts such as "
         "'source*9,target*3' (default: the first three quarters source, the rest target)",
     )
-    decoder_index_side: str = _option(
-        "target", "language that indexes each decoder layer (default: target)"
+    decoder_index_side: Optional[str] = _option(
+        None, "language that indexes each decoder layer (default: target)"
+    )
+    lora_weight_learning: bool = _option(
+        False,
+        "give every site an adapter of the source and one of the target language, and learn how "
+        "much of each a layer wants; 'lslora sides' reads the result",
     )
     lora_shape: str = _option(
         "full",
@@ -142,16 +147,16 @@ class AdapterPlan:
     Attributes:
         languages: the inventory
         ranks, alphas: one for each language, in the inventory's order
-        sites: every linear with adapters
-        sides: stack -> index side of each layer
+        sites: every linear with adapters, with weight learning once for each side
+        weight_learning: whether each layer learns how much of either side it wants
     """
 
     languages: Languages
     ranks: tuple
     alphas: tuple
     sites: tuple
-    sides: dict
     dropout: float
+    weight_learning: bool = False
 
     def needs(self, side):
         """Whether any site is indexed by this side's language."""
@@ -212,14 +217,8 @@ def resolve(config, layers, dims):
                     f"--lora-alpha: {alpha} of {code} must be positive; without the option "
                     "adapters are not scaled (alpha = rank)"
                 )
-    if config.encoder_index_side is None:
-        config.encoder_index_side = plan.default_encoder_sides(layers["encoder"])
-    sites, all_sides = [], {}
+    sites = []
     for stack in ("encoder", "decoder"):
-        option = f"--{stack}-index-side"
-        sides = plan.parse_index_sides(
-            getattr(config, f"{stack}_index_side"), layers[stack], option
-        )
         chosen = plan.parse_layers(
             getattr(config, f"{stack}_lora_layers"), layers[stack], f"--{stack}-lora-layers"
         )
@@ -227,8 +226,28 @@ def resolve(config, layers, dims):
         modules = ()
         if text != "none":
             modules = plan.parse_target_modules(text, stack, f"--{stack}-target-modules")
+        sides = _index_sides(config, stack, layers[stack])
         sites += plan.plan_sites(stack, chosen, sides, modules, dims[stack], config.lora_shape)
-        all_sides[stack] = sides
     plan.check_ranks(ranks, languages.codes, sites)
     config.lora_tiers = languages.spec
-    return AdapterPlan(languages, ranks, alphas, tuple(sites), all_sides, config.lora_dropout)
+    return AdapterPlan(
+        languages, ranks, alphas, tuple(sites), config.lora_dropout, config.lora_weight_learning
+    )
+
+
+def _index_sides(config, stack, layers):
+    """The sides that index each layer of a stack; the option's default is filled in."""
+    name, option = f"{stack}_index_side", f"--{stack}-index-side"
+    text = getattr(config, name)
+    if config.lora_weight_learning:
+        if text is not None:
+            raise ConfigError(
+                f"{option} {text} and --lora-weight-learning exclude each other: leave out "
+                f"{option} to learn which side should index a layer, or --lora-weight-learning "
+                "to give it"
+            )
+        return (plan.SIDES,) * layers
+    if text is None:
+        text = plan.default_encoder_sides(layers) if stack == "encoder" else "target"
+        setattr(config, name, text)
+    return tuple((side,) for side in plan.parse_index_sides(text, layers, option))

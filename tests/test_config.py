@@ -38,7 +38,8 @@ def test_fields_and_defaults():
         "encoder_lora_layers": None,
         "decoder_lora_layers": None,
         "encoder_index_side": None,
-        "decoder_index_side": "target",
+        "decoder_index_side": None,
+        "lora_weight_learning": False,
         "lora_shape": "full",
     }
 
@@ -46,10 +47,7 @@ def test_fields_and_defaults():
 def test_defaults_of_a_12_layer_model_are_the_authors_9_and_3():
     config, plan = resolved(encoder=12, decoder=12)
     assert config.encoder_index_side == "source*9,target*3"
-    assert plan.sides == {
-        "encoder": ("source",) * 9 + ("target",) * 3,
-        "decoder": ("target",) * 12,
-    }
+    assert config.decoder_index_side == "target"
     assert len(plan.sites) == 12 * 5 + 12 * 8
     assert plan.ranks == plan.alphas == (8, 8, 8)
     assert plan.dropout == 0.0
@@ -101,6 +99,15 @@ def test_only_the_sides_of_adapted_layers_are_needed():
     assert plan.needs("source") and not plan.needs("target")
 
 
+def test_weight_learning_has_an_adapter_of_either_side_at_every_site():
+    config, plan = resolved(lora_weight_learning=True)
+    assert config.encoder_index_side is config.decoder_index_side is None
+    sites = [(site.name, site.side) for site in plan.sites]
+    _, given = resolved()
+    assert sites == [(site.name, side) for site in given.sites for side in ("source", "target")]
+    assert plan.weight_learning and not given.weight_learning
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -122,6 +129,11 @@ def test_only_the_sides_of_adapted_layers_are_needed():
         (
             {"encoder_index_side": "source*9,target*3"},
             "--encoder-index-side=source*9,target*3 names a side for 12 layers, the model has 4",
+        ),
+        (
+            {"lora_weight_learning": True, "decoder_index_side": "target"},
+            "--decoder-index-side target and --lora-weight-learning exclude each other: leave out "
+            "--decoder-index-side to learn",
         ),
         (
             {"decoder_index_side": "target*3"},

@@ -10,6 +10,8 @@ from operator import itemgetter
 import torch
 from torch import nn
 
+from lslora_fairseq.lora.plan import adapter_columns
+
 
 class LayerAdapters(nn.Module):
     """One parameter ``lora_<code>`` (rank, features) per language, for the sites of one layer.
@@ -34,23 +36,17 @@ class LayerAdapters(nn.Module):
         super().__init__()
         self.sites, self.ranks = tuple(sites), tuple(ranks)
         self.side = sites[0].side
-        self.width_A = sum(site.in_features for site in sites)
-        a, b, self.columns = 0, self.width_A, {}
-        for site in sites:
-            self.columns[site.module] = (
-                slice(a, a + site.in_features),
-                slice(b, b + site.out_features),
-            )
-            a, b = a + site.in_features, b + site.out_features
+        self.columns, self.width_A = adapter_columns(sites)
+        features = self.width_A + sum(site.out_features for site in sites)
         self.offsets = tuple(sum(ranks[:i]) for i in range(len(ranks)))
         for language, (code, rank) in enumerate(zip(codes, ranks)):
-            weight = like.new_zeros(rank, b)
+            weight = like.new_zeros(rank, features)
             for columns, _ in self.columns.values():
                 nn.init.kaiming_uniform_(weight[:, columns], a=math.sqrt(5))
             param = nn.Parameter(weight)
             param.param_group = Adapter(self, language)
             self.register_parameter(f"lora_{code}", param)
-        mask = torch.ones(sum(ranks), b, dtype=torch.bool, device=like.device)
+        mask = torch.ones(sum(ranks), features, dtype=torch.bool, device=like.device)
         self.register_buffer("mask", mask)
         self.is_pruned = False
 

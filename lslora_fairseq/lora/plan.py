@@ -105,7 +105,7 @@ def plan_sites(stack, layers, sides, modules, dims, shape):
     Args:
         stack: ``encoder`` or ``decoder``
         layers: indices of the layers that get adapters
-        sides: index side of every layer of the stack
+        sides: the index sides of every layer of the stack; both where weights are learned
         modules: module names that get adapters
         dims: module name -> (in_features, out_features) of the linear
         shape: ``full``, or ``square``: feed-forward adapters see only the first d of the inner
@@ -117,8 +117,25 @@ def plan_sites(stack, layers, sides, modules, dims, shape):
             n_in, n_out = dims[module]
             if shape == "square":
                 n_in = n_out = min(n_in, n_out)
-            sites.append(Site(stack, layer, module, sides[layer], n_in, n_out))
+            sites += [Site(stack, layer, module, side, n_in, n_out) for side in sides[layer]]
     return sites
+
+
+def adapter_columns(sites):
+    """Where the factors of a layer's sites lie in a language's matrix: A of all sites, then B.
+
+    Args:
+        sites: the sites of one layer that one side indexes, in the plan's order
+
+    Returns:
+        dict of module name -> (slice of A, slice of B), and the number of columns of A
+    """
+    a, b = 0, sum(site.in_features for site in sites)
+    width_A, columns = b, {}
+    for site in sites:
+        columns[site.module] = (slice(a, a + site.in_features), slice(b, b + site.out_features))
+        a, b = a + site.in_features, b + site.out_features
+    return columns, width_A
 
 
 def check_ranks(ranks, codes, sites):

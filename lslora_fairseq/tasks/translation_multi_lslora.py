@@ -12,7 +12,7 @@ from fairseq.tasks.translation_multi_simple_epoch import TranslationMultiSimpleE
 from omegaconf import OmegaConf
 
 from lslora_fairseq.checkpoints import read_args, resumed_checkpoint
-from lslora_fairseq.config import LORA_FIELDS, PruningConfig
+from lslora_fairseq.config import LORA_FIELDS, LSLoConfig, PruningConfig
 from lslora_fairseq.errors import ConfigError, listed, one_line_errors
 from lslora_fairseq.languages import Languages
 from lslora_fairseq.lora.plan import SIDES
@@ -364,14 +364,16 @@ def restore_lora_options(args, path, saved, langs):
         )
     given = Namespace(**{n: getattr(args, n) for n in LORA_FIELDS if hasattr(args, n)})
     for name in LORA_FIELDS:
+        trained = saved.get(name, getattr(LSLoConfig, name))  # older than the option
         value = getattr(given, name, None)
-        if value is not None and not _same(name, value, saved[name]):
-            here, there = _from_first_difference(value, saved[name])
+        is_given = value is not None and value is not False  # a flag that is left out is False
+        if is_given and not _same(name, value, trained):
+            here, there = _from_first_difference(value, trained)
             raise ConfigError(
                 f"--{name.replace('_', '-')} {here} differs from {there} of {path}, which "
                 "this run resumes: leave the option out, or choose another --save-dir"
             )
-        setattr(args, name, saved[name])
+        setattr(args, name, trained)
 
 
 def _same(name, value, saved):

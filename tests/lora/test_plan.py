@@ -135,7 +135,9 @@ def test_an_unknown_module_is_answered_with_the_valid_ones(name):
 
 
 def test_sites_of_the_full_shape():
-    sites = plan_sites("encoder", (1, 2), ("source", "source", "target"), DIMS, DIMS, "full")
+    sites = plan_sites(
+        "encoder", (1, 2), (("source",), ("source",), ("target",)), DIMS, DIMS, "full"
+    )
     assert sites == [
         Site("encoder", 1, "self_attn.q_proj", "source", 16, 16),
         Site("encoder", 1, "fc1", "source", 16, 64),
@@ -149,7 +151,7 @@ def test_sites_of_the_full_shape():
 
 
 def test_the_square_shape_sees_the_first_d_of_the_inner_dimension():
-    sites = plan_sites("decoder", (0,), ("target",), DIMS, DIMS, "square")
+    sites = plan_sites("decoder", (0,), (("target",),), DIMS, DIMS, "square")
     assert [(s.in_features, s.out_features) for s in sites] == [(16, 16)] * 3
     assert [s.entries(3) for s in sites] == [96, 96, 96]
 

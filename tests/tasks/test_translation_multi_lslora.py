@@ -301,7 +301,7 @@ def test_a_resumed_run_takes_its_adapters_from_the_checkpoint(data, tmp_path):
     checkpoint(tmp_path / "checkpoint_last.pt")
     _, model = build(resuming(data, tmp_path, "--finetune-from-model", "/gone.pt"))
     assert model.plan.ranks == (2, 2, 4, 4)
-    assert model.plan.sides["encoder"] == ("source", "target", "target")
+    assert [s.side for s in model.plan.sites if s.stack == "encoder"] == ["source", "target"]
     assert [s.name for s in model.plan.sites if s.stack == "encoder"] == [
         "encoder.layers.0.fc1",
         "encoder.layers.1.fc1",
@@ -325,6 +325,7 @@ def test_options_that_say_the_same_are_accepted(data, tmp_path):
         (["--lora-rank", "4"], "--lora-rank 4 differs from high=2,low=4 of {path}, which this run"),
         (["--lora-tiers", "all=de,en,fr,ja"], "--lora-tiers all=de,en,fr,ja differs from high="),
         (["--lora-dropout", "0.1"], "--lora-dropout 0.1 differs from 0.0 of {path}"),
+        (["--lora-weight-learning"], "--lora-weight-learning True differs from False of {path}"),
         (["--encoder-index-side", "source"], "--encoder-index-side source differs from source*1,"),
         (["--decoder-target-modules", "fc1"], "--decoder-target-modules fc1 differs from fc1,fc2"),
     ],
