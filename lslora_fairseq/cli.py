@@ -7,11 +7,20 @@ from importlib import import_module
 
 from lslora_fairseq.errors import one_line_errors
 
-# Subcommand -> what it does, in one line. Each has a module or folder of its name in this package,
-# with EXAMPLES (text), add_arguments(parser) and run(args), which returns the exit status. Only
-# the one that is called gets imported, so that another's needs cannot break it.
+# Subcommand -> its module in this package, and what it does, in one line. The module has EXAMPLES
+# (text), add_arguments(parser) and run(args), which returns the exit status. Only the one that is
+# called gets imported, so that another's needs cannot break it.
 COMMANDS = {
-    "doctor": "check versions, dictionary, languages, data, memory and disk before a run",
+    "doctor": (
+        "doctor",
+        "check versions, dictionary, languages, data, memory and disk before a run",
+    ),
+    "sides": ("analysis.sides", "which language should index each layer, after weight learning"),
+    "demand": ("analysis.demand", "how much of its adapters each language needs, after pruning"),
+    "suggest": (
+        "analysis.suggest",
+        "ranks and modules for a budget of parameters, from the demand",
+    ),
 }
 
 
@@ -21,11 +30,11 @@ def build_parser(chosen):
         prog="lslora", description="Tools for fairseq models with language-specific LoRA."
     )
     subparsers = parser.add_subparsers(dest="command", metavar="command", required=True)
-    for name, summary in COMMANDS.items():
+    for name, (module, summary) in COMMANDS.items():
         if name != chosen:
             subparsers.add_parser(name, help=summary)
             continue
-        command = import_module(f"lslora_fairseq.{name}")
+        command = import_module(f"lslora_fairseq.{module}")
         subparser = subparsers.add_parser(
             name,
             help=summary,

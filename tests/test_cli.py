@@ -10,7 +10,7 @@ from lslora_fairseq.cli import COMMANDS
 
 def test_help_lists_the_commands():
     _, out, _ = lslora("--help")
-    for name, summary in COMMANDS.items():
+    for name, (_, summary) in COMMANDS.items():
         assert name in out and summary.split(",")[0] in out
 
 

@@ -1,0 +1,1 @@
+"""What a trained checkpoint tells about the next run: index sides, demand, ranks and modules."""

@@ -1,0 +1,137 @@
+"""A checkpoint with adapters, read without building a model."""
+
+import os
+import re
+from argparse import Namespace
+from dataclasses import dataclass
+
+import torch
+
+from lslora_fairseq.checkpoints import read_checkpoint
+from lslora_fairseq.config import AdapterPlan, LSLoConfig, resolve
+from lslora_fairseq.errors import ConfigError, listed
+from lslora_fairseq.lora.plan import MODULES
+from lslora_fairseq.models.loading import is_adapter_key
+
+# the embeddings that a model may share; the first is there in any
+EMBEDDINGS = (
+    "encoder.embed_tokens.weight",
+    "decoder.embed_tokens.weight",
+    "decoder.output_projection.weight",
+)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A checkpoint with adapters.
+
+    Attributes:
+        path: the file
+        options: what it was trained with, by name
+        weights: its state dict, memory-mapped
+        layers: stack -> number of layers
+        plan: its :class:`AdapterPlan`
+    """
+
+    path: str
+    options: dict
+    weights: dict
+    layers: dict
+    plan: AdapterPlan
+
+    def adapters(self):
+        """Key of a layer's adapters, such as ``encoder.layers.0.source_adapters`` -> the sites
+        they serve, in the order of their columns."""
+        return _by_adapters(self.plan)
+
+    def base_parameters(self):
+        """Parameters of the frozen base model; shared embeddings count once."""
+        base = {k: w for k, w in self.weights.items() if not _is_learned(k)}
+        embeddings = []
+        for key in EMBEDDINGS:
+            # a checkpoint from a GPU holds a copy of what the model shares
+            if key in base and not any(torch.equal(base[key], e) for e in embeddings):
+                embeddings.append(base[key])
+        others = [w.numel() for key, w in base.items() if key not in EMBEDDINGS]
+        # fairseq's buffers (version, _float_tensor) have one entry, no parameter has
+        return sum(n for n in others if n > 1) + sum(e.numel() for e in embeddings)
+
+
+def read(path):
+    """Reads a checkpoint of this package.
+
+    Returns:
+        :class:`Trained`
+
+    Raises:
+        ConfigError: no such file, damaged, a base model without adapters, or adapters that do
+            not fit the options in it.
+    """
+    if not os.path.isfile(path):
+        raise ConfigError(f"{path}: no such file: name a checkpoint that fairseq-train wrote")
+    options, weights = read_checkpoint(path)
+    if options.get("lora_tiers") is None or not any(map(_is_learned, weights)):
+        raise ConfigError(
+            f"{path} has no adapters: name a checkpoint that was trained with --arch lslora_…"
+        )
+    layers, dims = _sizes(path, weights)
+    try:
+        plan = resolve(LSLoConfig.from_namespace(Namespace(**options)), layers, dims)
+    except ConfigError as error:
+        raise ConfigError(f"{path} holds options that do not fit its weights: {error}") from None
+    _check_fit(path, weights, plan)
+    return Trained(path, options, weights, layers, plan)
+
+
+def _is_learned(key):
+    return is_adapter_key(key) or key.split(".")[-2:-1] == ["side_weights"]
+
+
+def _sizes(path, weights):
+    """stack -> number of layers, and stack -> module -> (in_features, out_features)."""
+    layers, dims = {}, {}
+    for stack in MODULES:
+        numbers = [re.match(rf"{stack}\.layers\.(\d+)\.", key) for key in weights]
+        layers[stack] = 1 + max((int(match[1]) for match in numbers if match), default=-1)
+        dims[stack] = {}
+        for module in MODULES[stack]:
+            key = f"{stack}.layers.0.{module}.weight"
+            if key not in weights:
+                raise ConfigError(
+                    f"{path} holds no {key}: name a checkpoint of fairseq's transformer"
+                )
+            n_out, n_in = weights[key].shape
+            dims[stack][module] = n_in, n_out
+    return layers, dims
+
+
+def _by_adapters(plan):
+    found = {}
+    for site in plan.sites:
+        key = f"{site.stack}.layers.{site.layer}.{site.side}_adapters"
+        found.setdefault(key, []).append(site)
+    return found
+
+
+def _check_fit(path, weights, plan):
+    """Raises ConfigError unless the adapters are those of the plan, shape by shape."""
+    expected = {}
+    for key, sites in _by_adapters(plan).items():
+        features = sum(site.in_features + site.out_features for site in sites)
+        expected[f"{key}.mask"] = sum(plan.ranks), features
+        for code, rank in zip(plan.languages.codes, plan.ranks):
+            expected[f"{key}.lora_{code}"] = rank, features
+        if plan.weight_learning:
+            layer = key.rpartition(".")[0]
+            expected[f"{layer}.side_weights.logits"] = 1, 2
+    found = {key: tuple(w.shape) for key, w in weights.items() if _is_learned(key)}
+    wrong = [
+        f"{key}: {found.get(key, 'missing')} instead of {expected.get(key, 'none')}"
+        for key in {**expected, **found}
+        if expected.get(key) != found.get(key)
+    ]
+    if wrong:
+        raise ConfigError(
+            f"{path} holds adapters that do not fit its own options ({listed(wrong, '; ')}): "
+            "name the file that fairseq-train wrote, unchanged"
+        )
