@@ -18,7 +18,9 @@ import lslora_fairseq  # noqa: F401  registers the model and the task
 
 PIVOT = "en"
 # folder of hypotheses -> the corpus whose test set it translates
-DECODED = {"base_own": "base", "base": "finetune", "finetuned": "finetune"}
+DECODED = {
+    "base_own": "base", "base": "finetune", "finetuned": "finetune", "learned": "finetune",
+}  # fmt: skip
 
 
 def read_lines(path):
@@ -69,16 +71,18 @@ class Scores:
         hypotheses, references = zip(*self._pairs(name, languages))
         return self.bleu.corpus_score(hypotheses, [references]).score
 
-    def compared(self, languages):
-        """(sentences, BLEU of the base, of the fine-tuned model, p value of the difference)."""
-        before, references = zip(*self._pairs("base", languages))
-        after, _ = zip(*self._pairs("finetuned", languages))
-        systems = [("base", before), ("fine-tuned", after)]
+    def compared(self, languages, before="base", after="finetuned"):
+        """(sentences, BLEU of one model, of another, p value of the difference)."""
+        hypotheses_before, references = zip(*self._pairs(before, languages))
+        hypotheses_after, _ = zip(*self._pairs(after, languages))
+        systems = [(before, hypotheses_before), (after, hypotheses_after)]
         test = PairedTest(systems, {"BLEU": self.bleu}, [references], test_type="bs")
         signatures, results = test()
         self.signature = signatures["BLEU"]
-        base, tuned = results["BLEU"]
-        return len(references), base.score, tuned.score, tuned.p_value
+        first, second = results["BLEU"]
+        # of equal hypotheses sacrebleu says that they differ
+        p = 1.0 if hypotheses_before == hypotheses_after else second.p_value
+        return len(references), first.score, second.score, p
 
 
 def count_adapters(model, codes):
@@ -94,25 +98,34 @@ def count_adapters(model, codes):
     return trainable, entries, pruned
 
 
+def groups(inventory):
+    """(name, language codes, the codes as a cell) of each tier and of all languages."""
+    for tier in inventory.tiers:
+        codes = [code for code in inventory.codes if inventory.tier(code) == tier]
+        yield tier, codes, " ".join(codes)
+    yield "all", list(inventory.codes), str(len(inventory))
+
+
+def without_pivot(codes):
+    return [code for code in codes if code != PIVOT]
+
+
+def significance(p):
+    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
+
+
 def table(model, scores):
     """Rows of text, the heading first: one for each tier, and one for all."""
-    inventory = model.languages
-    groups = {
-        tier: [code for code in inventory.codes if inventory.tier(code) == tier]
-        for tier in inventory.tiers
-    }
-    groups["all"] = list(inventory.codes)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     yield ("tier", "languages", "sentences", "base BLEU", "tuned BLEU", "gain", "p",
            "trainable", "of base", "sparsity")  # fmt: skip
-    for name, codes in groups.items():
-        count, base, tuned, p = scores.compared([code for code in codes if code != PIVOT])
+    for name, codes, members in groups(model.languages):
+        count, base, tuned, p = scores.compared(without_pivot(codes))
         trainable, entries, pruned = count_adapters(model, codes)
         yield (
-            name, str(len(codes)) if name == "all" else " ".join(codes), f"{count:,}",
-            f"{base:.1f}", f"{tuned:.1f}", f"{tuned - base:+.1f}",
-            f"{p:.3f}" if p >= 0.001 else "< 0.001", f"{trainable:,}",
-            f"{trainable / frozen:.2%}", f"{pruned / entries:.3f}",
+            name, members, f"{count:,}", f"{base:.1f}", f"{tuned:.1f}", f"{tuned - base:+.1f}",
+            significance(p), f"{trainable:,}", f"{trainable / frozen:.2%}",
+            f"{pruned / entries:.3f}",
         )  # fmt: skip
 
 
@@ -125,6 +138,10 @@ def align(rows):
         yield "  ".join(names + numbers)
 
 
+def load_model(checkpoint):
+    return load_model_ensemble_and_task([checkpoint])[0][0]
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -133,10 +150,9 @@ def main():
     parser.add_argument("--checkpoint", required=True, help="the fine-tuned model")
     parser.add_argument("--out", type=Path, required=True, help="file to write the table to")
     args = parser.parse_args()
-    models, _, _ = load_model_ensemble_and_task([args.checkpoint])
-    model = models[0]
+    model = load_model(args.checkpoint)
     scores = Scores(args.work)
-    own = scores.score("base_own", [code for code in model.languages.codes if code != PIVOT])
+    own = scores.score("base_own", without_pivot(model.languages.codes))
     lines = [
         f"BLEU of the base model on held-out messages of its own products: {own:.1f}",
         "",

@@ -26,9 +26,19 @@ RANKS="${RANKS:-high=2,medium=2,low=8}"
 SHAPE="${SHAPE:-square}"
 ENCODER_SIDES="${ENCODER_SIDES:-source*9,target*3}"
 DECODER_SIDES="${DECODER_SIDES:-target}"
+WEIGHT_LEARNING="${WEIGHT_LEARNING:-}" # yes: the sides are learned instead
+ENCODER_MODULES="${ENCODER_MODULES:-self_attn.q_proj,self_attn.k_proj,self_attn.v_proj,fc1,fc2}"
+DECODER_MODULES="${DECODER_MODULES:-self_attn.q_proj,self_attn.k_proj,self_attn.v_proj,\
+encoder_attn.q_proj,encoder_attn.k_proj,encoder_attn.v_proj,fc1,fc2}"
 FINAL_SPARSITY="${FINAL_SPARSITY:-0.9}"
 PRUNING_BEGIN="${PRUNING_BEGIN:-2}"
 PRUNING_DURATION="${PRUNING_DURATION:-10}"
+PRUNING_SCOPE="${PRUNING_SCOPE:-language}"
+
+# ── learn_architecture.sh ──
+LEARNED="${LEARNED:-$WORK/architecture}" # what it writes
+EQUAL_RANK="${EQUAL_RANK:-8}"            # of all languages, while the architecture is learned
+BUDGET="${BUDGET:-15335424}" # parameters to spend, or a share of the model's (2%): those of RANKS
 
 # ── training ──
 MAX_EPOCH="${MAX_EPOCH:-15}"

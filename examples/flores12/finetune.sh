@@ -11,13 +11,16 @@ need_data
 set_extra_args --amp "$EXTRA_TRAIN_ARGS"
 activate_python
 
+sides=(--encoder-index-side "$ENCODER_SIDES" --decoder-index-side "$DECODER_SIDES")
+[ -z "$WEIGHT_LEARNING" ] || sides=(--lora-weight-learning)
 command=(
     fairseq-train "$DATA" "${TASK_ARGS[@]}"
     --arch "$ARCH" --finetune-from-model "$MODEL_DIR/model.pt"
     --lora-tiers "$TIERS" --lora-rank "$RANKS" --lora-shape "$SHAPE"
-    --encoder-index-side "$ENCODER_SIDES" --decoder-index-side "$DECODER_SIDES"
+    --encoder-target-modules "$ENCODER_MODULES" --decoder-target-modules "$DECODER_MODULES"
+    "${sides[@]}"
     --optimizer pruned_adam --adam-betas '(0.9, 0.98)' --adam-eps 1e-8
-    --pruning-final-sparsity "$FINAL_SPARSITY" --pruning-scope language
+    --pruning-final-sparsity "$FINAL_SPARSITY" --pruning-scope "$PRUNING_SCOPE"
     --pruning-begin "$PRUNING_BEGIN" --pruning-duration "$PRUNING_DURATION"
     --lr-scheduler inverse_sqrt --lr "$LR" --warmup-updates 1
     --criterion label_smoothed_cross_entropy --label-smoothing "$LABEL_SMOOTHING"

@@ -15,6 +15,7 @@ from optim.test_language_optimizer import same
 SCHEDULES = {
     "epoch": [],
     "update": ["--pruning-unit", "update", "--pruning-begin", "2", "--pruning-duration", "15"],
+    "weight learning": ["--lora-weight-learning"],
 }
 
 

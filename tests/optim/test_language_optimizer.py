@@ -90,6 +90,30 @@ SIDES = ("source", "target")
 
 
 @pytest.mark.parametrize("inner", INNER_OPTIMIZERS)
+def test_weight_learning_keeps_absent_languages_and_never_prunes_w(inner):
+    model = set_adapters(build(lora_weight_learning=True), scale=0.2)
+    optimizer = optimizer_for(model, inner, weight_decay=0.1, pruning_scope="layer")
+    update(model, optimizer, ALL)
+    owned = [
+        (p.param_group.side, p.param_group.language, p, p.detach().clone()) for p in adapters(model)
+    ]
+    optimizer.prune_at(4, 0)
+    logits = [(p, before) for side, _, p, before in owned if side is None]
+    assert len(logits) == 6 and all(torch.equal(p, before) for p, before in logits)
+    for linear, side in itertools.product(model.adapted_linears(), SIDES):
+        assert all(linear.masks(language, side)[0].all() for language in range(4))
+    for layer in [*model.encoder.layers, *model.decoder.layers]:
+        masks = [getattr(layer, f"{side}_adapters") for side in SIDES]
+        masks = torch.cat([m.mask[:, m.width_A :].flatten() for m in masks])
+        assert int((~masks).sum()) == int(0.6 * masks.numel() + 0.5)
+    owned = [(side, language, p, p.detach().clone()) for side, language, p, _ in owned]
+    update(model, optimizer, [(1, 3), (1, 3)])
+    for side, language, param, before in owned:
+        moved = side is None or (side, language) in {("source", 1), ("target", 3)}
+        assert torch.equal(param, before) != moved, (side, language)
+
+
+@pytest.mark.parametrize("inner", INNER_OPTIMIZERS)
 @pytest.mark.parametrize("scope", ["language", "layer"])
 @pytest.mark.parametrize("target", ["B", "AB"])
 def test_a_pruned_entry_stays_zero_everywhere(inner, scope, target):
@@ -199,13 +223,13 @@ def test_adafactor_sees_every_factor_as_a_matrix_of_its_own():
     model = set_adapters(build())
     optimizer = optimizer_for(model, "adafactor", pruning_final_sparsity=0.0)
     linear = model.adapted_linears()[3]
-    columns = linear.adapters.columns[linear.site.module]
+    columns = linear.adapters[linear.site.side].columns[linear.site.module]
     copies = [torch.nn.Parameter(f.detach().clone()) for f in linear.factors(0)]
     plain = optimizer._build_inner(options("adafactor"), copies)
     for seed in range(3):
         update(model, optimizer, ALL, seed=seed)
         for copied, part in zip(copies, columns):
-            copied.grad = linear.adapters.weight(0).grad[:, part].clone()
+            copied.grad = linear.adapters[linear.site.side].weight(0).grad[:, part].clone()
         plain.step()
     assert same(linear.factors(0), tuple(copies))
 

@@ -8,14 +8,14 @@ from toy import build, set_adapters
 SENTENCES = 40
 
 
-def write_test_set(work, language, base, tuned):
-    """A test set of one language in both directions, with the hypotheses of two models."""
+def write_test_set(work, language, **models):
+    """A test set of one language in both directions, with the hypotheses of each model."""
     for source, target in (("en", language), (language, "en")):
         references = [f"▁this ▁is ▁sentence ▁number ▁{i} ▁of {target}" for i in range(SENTENCES)]
         path = work / "pieces" / "finetune" / f"test.en-{language}.{target}"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(references) + "\n", encoding="utf-8")
-        for name, change in (("base", base), ("finetuned", tuned)):
+        for name, change in models.items():
             order = list(range(1, SENTENCES)) + [0]  # fairseq prints longest first
             text = "".join(
                 f"S-{i}\t__en__ x\nT-{i}\tx\nH-{i}\t-0.5\t{change(references[i], i)}\n"
@@ -40,9 +40,9 @@ def wrong_other_half(reference, number):
 
 @pytest.fixture
 def work(tmp_path):
-    write_test_set(tmp_path, "de", wrong_half, right)
-    write_test_set(tmp_path, "fr", wrong_half, right)
-    write_test_set(tmp_path, "ja", wrong_half, wrong_other_half)
+    write_test_set(tmp_path, "de", base=wrong_half, finetuned=right)
+    write_test_set(tmp_path, "fr", base=wrong_half, finetuned=right)
+    write_test_set(tmp_path, "ja", base=wrong_half, finetuned=wrong_other_half)
     return tmp_path
 
 
@@ -73,6 +73,12 @@ def test_no_difference_is_not_significant(work):
     count, base, tuned, p = scores.compared(["ja"])
     assert count == 80 and base == pytest.approx(tuned, abs=1) and p > 0.05
     assert "tok:none" in str(scores.signature) and "bs:1000" in str(scores.signature)
+
+
+def test_equal_hypotheses_are_no_difference(work):
+    scores = quickstart_report.Scores(work)
+    count, before, after, p = scores.compared(["ja"], "finetuned", "finetuned")
+    assert (count, before, p) == (80, after, 1.0)
 
 
 def test_a_log_cut_short_is_an_error(work):

@@ -1,0 +1,158 @@
+# What quickstart.sh and architecture_learning.sh share: settings, the steps' machinery, and the
+# commands that both run. They source it; it does nothing by itself.
+# shellcheck shell=bash
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+RECIPE="$(basename "$0" .sh)"
+LANGUAGES=(de fr nl cs cy af) # from and into English
+LANGS=af,cs,cy,de,en,fr,nl
+SIZES=(
+    --share-all-embeddings
+    --encoder-layers 3 --encoder-embed-dim 192 --encoder-ffn-embed-dim 512
+    --encoder-attention-heads 4 --encoder-normalize-before
+    --decoder-layers 2 --decoder-embed-dim 192 --decoder-ffn-embed-dim 512
+    --decoder-attention-heads 4 --decoder-normalize-before
+)
+JOBS="$(getconf _NPROCESSORS_ONLN)"
+
+fail() {
+    echo "$RECIPE: error: $*" >&2
+    exit 1
+}
+
+# no_arguments ARGUMENT... : explains the script if there are any
+no_arguments() {
+    [ $# -gt 0 ] || return 0
+    sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p;}' "$0" # the text on top of it
+    [ "$1" = --help ] || [ "$1" = -h ] && exit
+    echo "$RECIPE: error: it takes no arguments, found: $*" >&2
+    exit 2
+}
+
+# Makes WORK and the Python environment, and readies the steps.
+start() {
+    local began=$SECONDS
+    mkdir -p "${WORK:=$ROOT/quickstart_work}"
+    WORK="$(cd "$WORK" && pwd)"
+    LOGS="$WORK/logs"
+    mkdir -p "$LOGS"
+    # shellcheck source=../scripts/environment.sh
+    source "$ROOT/scripts/environment.sh"
+    [ -f "$LOGS/.install.seconds" ] || echo "$((SECONDS - began))" >"$LOGS/.install.seconds"
+    # large tensors reuse their memory instead of asking the system for fresh pages each time
+    export GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
+    export ROOT WORK LOGS
+}
+
+# step NAME FOLDER COMMAND... : runs the command, whose results go to FOLDER, unless that was done.
+# When this step or one before it has changed since, it starts over with an empty FOLDER.
+chain="$(cat "$ROOT/requirements.txt" "$ROOT"/scripts/{po_corpus,pieces}.py | cksum)"
+steps=()
+step() {
+    local name="$1" folder="$2" log="$LOGS/$1.log" state="$LOGS/.$1" command began=$SECONDS
+    shift 2
+    printf -v command '%q ' "$@"
+    chain+=" | $command"
+    steps+=("$name")
+    if [ "$(cat "$state.done" 2>/dev/null)" = "$chain" ]; then
+        echo "$name: done before"
+        return
+    fi
+    echo "$name: $log"
+    if [ "$(cat "$state.started" 2>/dev/null)" != "$chain" ]; then
+        rm -rf "$folder" "$log"
+        echo "$chain" >"$state.started"
+    fi
+    mkdir -p "$folder"
+    echo "\$ $command" >>"$log"
+    if ! "$@" 2>&1 | tee -a "$log" | progress; then
+        tail -n 3 "$log" >&2
+        fail "$name failed, see $log; run this again to go on"
+    fi
+    echo "$((SECONDS - began))" >"$state.seconds"
+    echo "$chain" >"$state.done"
+}
+
+# The lines of a log that tell how far a step has come.
+progress() {
+    local epoch='epoch [0-9]+: +[0-9]+ / [0-9]+ loss=[0-9.]+' valid='valid on .* \| loss [0-9.]+'
+    local pruned='pruned to sparsity [0-9.]+ at .*'
+    grep --line-buffered -oE "$epoch|$valid|$pruned|^(binarised|decoded) .*" |
+        sed -u 's/^/    /' || true
+}
+
+# print_seconds STEP... : how long each took when it was done
+print_seconds() {
+    local name seconds total=0
+    for name in "$@"; do
+        seconds="$(cat "$LOGS/.$name.seconds")"
+        total=$((total + seconds))
+        printf '%-18s %4d s\n' "$name" "$seconds"
+    done
+    printf '%-18s %4d s\n' total "$total"
+}
+
+# Prints the directions, one a line.
+directions() {
+    local language
+    for language in "${LANGUAGES[@]}"; do
+        printf '%s\n' "en-$language" "$language-en"
+    done
+}
+pairs="$(directions | paste -sd, -)"
+
+# finetune STEP FOLDER SPARSITY SCOPE OPTION... : a step that trains adapters of the frozen base
+# model, one LoRA for each language, pruned epoch by epoch; the options say which adapters
+finetune() {
+    step "$1" "$2" \
+        fairseq-train "$WORK/data/finetune" --cpu --user-dir "$ROOT/lslora_fairseq" \
+        --task translation_multi_lslora --langs "$LANGS" --lang-pairs "$pairs" \
+        --encoder-langtok src --decoder-langtok \
+        --arch lslora_transformer "${SIZES[@]}" \
+        --finetune-from-model "$WORK/base/checkpoint_last.pt" \
+        --lora-tiers "$WORK/corpus/tiers.tsv" "${@:5}" \
+        --optimizer pruned_adam --adam-betas '(0.9, 0.98)' --clip-norm 1.0 \
+        --pruning-final-sparsity "$3" --pruning-begin 2 --pruning-duration 4 --pruning-scope "$4" \
+        --lr-scheduler inverse_sqrt --lr 0.01 --warmup-updates 50 --max-epoch 6 \
+        --criterion label_smoothed_cross_entropy --label-smoothing 0.1 --dropout 0 \
+        --sampling-method temperature --sampling-temperature 1.5 \
+        --max-tokens 1500 --required-batch-size-multiple 1 --num-workers 0 --seed 1 \
+        --save-dir "$2" --no-epoch-checkpoints --log-format simple --log-interval 50
+}
+
+# quoted COMMAND... : prints it as a line that a shell reads
+quoted() {
+    printf '$ '
+    printf '%q ' "$@"
+    echo
+}
+
+# logged LOG COMMAND... : one of many commands that run side by side, on one thread
+logged() {
+    local log="$1"
+    shift
+    quoted "$@" >"$log"
+    OMP_NUM_THREADS=1 "$@" >>"$log" 2>&1
+}
+
+# decode NAME CHECKPOINT CORPUS DIRECTION : hypotheses of the test set in decoded/NAME/DIRECTION.log
+decode() {
+    local log="$WORK/decoded/$1/$4.log"
+    [ -f "$log" ] && return
+    logged "$log.tmp" fairseq-generate "$WORK/data/$3" --cpu \
+        --user-dir "$ROOT/lslora_fairseq" --task translation_multi_lslora --path "$2" \
+        --source-lang "${4%-*}" --target-lang "${4#*-}" --gen-subset test --beam 4 \
+        --lenpen 1.5 --max-len-a 1.5 --max-len-b 8 --max-tokens 4000 --required-batch-size-multiple 1 \
+        --num-workers 0 || return 255
+    mv "$log.tmp" "$log"
+    echo "decoded $1 $4"
+}
+
+side_by_side() { # FUNCTION ARGUMENT... : calls it with each line of stdin as its last argument
+    xargs -P "$JOBS" -I '{}' bash -c '"$@"' side_by_side "$@" '{}'
+}
+
+decode_all() { # NAME CHECKPOINT CORPUS
+    directions | side_by_side decode "$@"
+}
+export -f quoted logged decode
