@@ -10,7 +10,7 @@ from operator import itemgetter
 import torch
 from torch import nn
 
-from lslora_fairseq.lora.plan import adapter_columns
+from lslora_fairseq.lora.plan import SIDES, adapter_columns
 
 
 class LayerAdapters(nn.Module):
@@ -26,14 +26,16 @@ class LayerAdapters(nn.Module):
         codes: the languages, in the inventory's order
         ranks: rank of each language
         like: a tensor that sets dtype and device
+        side_weights: the layer's :class:`SideWeights` if it learns how much of them it wants
 
     Attributes:
         columns: module name of a site -> (slice of A, slice of B)
         width_A: number of columns that belong to A
     """
 
-    def __init__(self, sites, codes, ranks, like):
+    def __init__(self, sites, codes, ranks, like, side_weights=None):
         super().__init__()
+        self.__dict__["side_weights"] = side_weights  # the layer owns it, as a submodule
         self.sites, self.ranks = tuple(sites), tuple(ranks)
         self.side = sites[0].side
         self.columns, self.width_A = adapter_columns(sites)
@@ -59,6 +61,10 @@ class LayerAdapters(nn.Module):
         start = self.offsets[language]
         return slice(start, start + self.ranks[language])
 
+    def share(self):
+        """How much of these adapters the layer wants: p of method, section 3, or None."""
+        return None if self.side_weights is None else self.side_weights.share(self.side)
+
     def refresh_pruned(self):
         """Takes note of whether any entry is pruned, after the mask changed."""
         self.is_pruned = not bool(self.mask.all())
@@ -68,7 +74,7 @@ class LayerAdapters(nn.Module):
         self.refresh_pruned()
 
     def stack(self, present, dtype=None):
-        """The adapters of the languages present, one below the other.
+        """The adapters of the languages present, one below the other; B times :meth:`share`.
 
         Args:
             present: the batch's :class:`~lslora_fairseq.lora.routing.Present`
@@ -79,7 +85,8 @@ class LayerAdapters(nn.Module):
         """
         weights = _pick(tuple(self._parameters.values()), present.languages)
         gradient = StackGradient(self, present.languages)
-        return _Stacked.apply(gradient, dtype or weights[0].dtype, *weights), gradient
+        stack = _Stacked.apply(gradient, dtype or weights[0].dtype, self.share(), *weights)
+        return stack, gradient
 
     def pruned_rows(self, languages):
         """(rows, features) of their stack; True marks a pruned entry."""
@@ -158,15 +165,57 @@ class ColumnGradient:
 
 class _Stacked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gradient, dtype, *weights):
+    def forward(ctx, gradient, dtype, share, *weights):
         ctx.gradient, ctx.dtype = gradient, weights[0].dtype
         ctx.ranks = [w.size(0) for w in weights]
-        return torch.cat(weights).to(dtype)
+        stack = torch.cat(weights)
+        ctx.is_shared = share is not None
+        if ctx.is_shared:
+            ctx.save_for_backward(share, *weights)
+            stack[:, gradient.adapters.width_A :] *= share
+        return stack.to(dtype)
 
     @staticmethod
     def backward(ctx, grad):
         ctx.gradient.finish(grad)
-        return None, None, *grad.to(ctx.dtype).split(ctx.ranks)
+        grad, d_share = grad.to(ctx.dtype), None
+        if ctx.is_shared:
+            share, *weights = ctx.saved_tensors
+            B = slice(ctx.gradient.adapters.width_A, None)
+            d_share = (grad[:, B] * torch.cat([w[:, B] for w in weights])).sum()
+            grad[:, B] *= share
+        return None, None, d_share, *grad.split(ctx.ranks)
+
+
+class SideWeights(nn.Module):
+    """How much a layer wants of its source- and of its target-indexed adapters (method, section 3).
+
+    The parameter ``logits`` (1, 2) is the w of (p_src, p_tgt) = softmax(w) and starts at 0. To an
+    optimizer it looks like an adapter that belongs to no language and has no site to prune.
+    """
+
+    side, sites, is_pruned = None, (), False
+    columns, width_A = {"": (slice(None),)}, 2
+
+    def __init__(self, like):
+        super().__init__()
+        self.logits = nn.Parameter(like.new_zeros(1, 2))
+        self.logits.param_group = Adapter(self, None)
+        mask = torch.ones(1, 2, dtype=torch.bool, device=like.device)
+        self.register_buffer("mask", mask, persistent=False)
+
+    def share(self, side):
+        """p of one side, a scalar tensor."""
+        return self.logits.softmax(-1)[0, SIDES.index(side)]
+
+    def weight(self, _):
+        return self.logits
+
+    def rows(self, _):
+        return slice(None)
+
+    def refresh_pruned(self):
+        pass
 
 
 class Adapter:

@@ -9,6 +9,7 @@ import itertools
 import logging
 from contextlib import contextmanager
 
+import torch
 from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.distributed.utils import get_global_world_size
 from fairseq.models import register_model
@@ -23,7 +24,7 @@ from fairseq.tasks import FairseqTask
 
 from lslora_fairseq.config import LORA_FIELDS, LSLoConfig, resolve
 from lslora_fairseq.errors import ConfigError, listed, one_line_errors
-from lslora_fairseq.lora.adapters import LayerAdapters
+from lslora_fairseq.lora.adapters import LayerAdapters, SideWeights
 from lslora_fairseq.lora.linear import LSLoLinear
 from lslora_fairseq.lora.merge import merged
 from lslora_fairseq.lora.plan import MODULES, SIDES
@@ -319,21 +320,20 @@ class LSLoTransformerModel(TransformerModel):
 
     def _adapt(self, layer, sites):
         """Gives the linears of a layer their adapters."""
-        for side in SIDES:
+        plan, like, weights, adapters = self.plan, next(layer.parameters()), None, {}
+        if plan.weight_learning and sites:
+            weights = layer.side_weights = SideWeights(like)
+        for side in sorted({site.side for site in sites}):
             ours = [site for site in sites if site.side == side]
-            if not ours:
-                continue
-            like = next(layer.parameters())
-            adapters = LayerAdapters(ours, self.languages.codes, self.plan.ranks, like)
-            layer.add_module(f"{side}_adapters", adapters)
-            for site in ours:
-                parent_name, _, name = site.module.rpartition(".")
-                parent = layer.get_submodule(parent_name)
-                linear = LSLoLinear(
-                    getattr(parent, name), site, adapters, self.adapter_layout, layer.slot,
-                    self.plan.dropout,
-                )  # fmt: skip
-                setattr(parent, name, linear)
+            adapters[side] = LayerAdapters(ours, plan.languages.codes, plan.ranks, like, weights)
+            layer.add_module(f"{side}_adapters", adapters[side])
+        for site in {site.module: site for site in sites}.values():
+            parent_name, _, name = site.module.rpartition(".")
+            parent = layer.get_submodule(parent_name)
+            linear = LSLoLinear(
+                getattr(parent, name), site, adapters, self.adapter_layout, layer.slot, plan.dropout
+            )
+            setattr(parent, name, linear)
 
     @property
     def languages(self):
@@ -356,18 +356,34 @@ class LSLoTransformerModel(TransformerModel):
         direction = dict(zip(SIDES, (source, target)))
         for linear in self.adapted_linears():
             parent_name, _, name = linear.site.name.rpartition(".")
-            plain = merged(linear, direction[linear.site.side])
-            setattr(self.get_submodule(parent_name), name, plain)
+            setattr(self.get_submodule(parent_name), name, merged(linear, direction))
         for stack in (self.encoder, self.decoder):
             stack.sides = []
-            for layer, side in itertools.product(stack.layers, SIDES):
-                layer._modules.pop(f"{side}_adapters", None)
+            names = ("source_adapters", "target_adapters", "side_weights")
+            for layer, name in itertools.product(stack.layers, names):
+                layer._modules.pop(name, None)
         needed = {site.side for site in self.plan.sites}
         self.encoder.merged = {side: direction[side] for side in SIDES if side in needed}
 
     def adapted_linears(self):
         """Every :class:`LSLoLinear`, in the plan's order."""
         return [m for m in self.modules() if isinstance(m, LSLoLinear)]
+
+    def source_shares(self):
+        """p_src of every layer with learned weights (method, section 3); p_tgt is 1 − p_src.
+
+        Returns:
+            dict of ``encoder.0``, … -> scalar tensor, without a graph
+        """
+        logits = {
+            f"{name}.{number}": layer.side_weights.logits.detach()
+            for name, stack in (("encoder", self.encoder), ("decoder", self.decoder))
+            for number, layer in enumerate(stack.layers)
+            if hasattr(layer, "side_weights")
+        }
+        if not logits:
+            return {}
+        return dict(zip(logits, torch.cat([*logits.values()]).softmax(-1)[:, 0]))
 
     def forward(
         self,

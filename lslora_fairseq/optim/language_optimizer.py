@@ -51,7 +51,8 @@ class LanguageOptimizer(torch.optim.Optimizer):
     """Wraps an inner optimizer; see the module's text.
 
     Args:
-        params: the parameters of :class:`LayerAdapters`, or fp32 copies of them
+        params: the parameters of :class:`LayerAdapters` and :class:`SideWeights`, or fp32 copies
+            of them
         build_inner: builds the inner torch optimizer from a list of parameters
         elementwise: the inner optimizer treats every entry alike whatever its tensor; all pieces
             of a language and side are then flattened into one master. Otherwise (Adafactor's row
@@ -181,7 +182,7 @@ class LanguageOptimizer(torch.optim.Optimizer):
             self._pruned.append(pruned)
 
     def scopes(self, scope, target):
-        """What shares one threshold (method, section 4).
+        """What shares one threshold (method, section 4); weights of sides are never pruned.
 
         Args:
             scope: ``language``: all entries of a language; ``layer``: all languages of a layer
@@ -192,6 +193,8 @@ class LanguageOptimizer(torch.optim.Optimizer):
         """
         groups = defaultdict(list)
         for piece in (piece for _, pieces, _ in self.masters for piece in pieces):
+            if not piece.adapter.layer.sites:
+                continue
             site = piece.adapter.layer.sites[0]
             key = piece.adapter.language if scope == "language" else (site.stack, site.layer)
             for factor in target:

@@ -217,6 +217,10 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
         if pruned is not None:
             sparsity = pruned.prune_at(self._epoch, update_num)
             metrics.log_scalar("sparsity", sparsity, weight=0, priority=650, round=4)
+        if self.languages is not None:
+            for layer, share in model.source_shares().items():
+                name = f"p_source/{layer}"  # TensorBoard draws names with one prefix together
+                metrics.log_scalar(name, share, weight=0, priority=700, round=4)
         return super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad)
 
 

@@ -51,22 +51,24 @@ def make(
         for param in adapters.parameters():
             param[:, adapters.width_A :].normal_()
     linears = [
-        LSLoLinear(nn.Linear(n_in, size, bias=bias), where, adapters, layout, slot, **kwargs)
+        LSLoLinear(
+            nn.Linear(n_in, size, bias=bias), where, {"source": adapters}, layout, slot, **kwargs
+        )
         for where, size in zip(sites, (n_out, n_more))
     ]
     return linears if n_more else linears[0]
 
 
 def parameters(linear):
-    return list(linear.adapters.parameters())
+    return list(linear.adapters["source"].parameters())
 
 
 def gradients(linear):
     """The gradients of A and of B of each language; None where there is none."""
     found = []
     for language in range(3):
-        grad = linear.adapters.weight(language).grad
-        columns = linear.adapters.columns[linear.site.module]
+        grad = linear.adapters["source"].weight(language).grad
+        columns = linear.adapters["source"].columns[linear.site.module]
         found.append([None if grad is None else grad[:, part] for part in columns])
     return found
 
@@ -123,7 +125,7 @@ def test_a_fresh_adapter_changes_no_bit():
 @pytest.mark.parametrize("site_in, site_out", [(None, None), (3, 3)])
 def test_gradcheck(ids, site_in, site_out):
     linear = make(ids, site_in=site_in, site_out=site_out, alphas=(2.0, 1.0, 5.0)).double()
-    linear.adapters.double()
+    linear.adapters["source"].double()
     linear.layout.double()
     routes = {"source": route(linear.layout, ids)}
     x = torch.randn(3, 4, 6, dtype=torch.double, requires_grad=True)
@@ -150,7 +152,7 @@ def test_a_pruned_entry_gets_no_gradient(ids):
     linear = make(ids)
     linear.masks(1)[1][1, 3] = False
     linear.masks(0)[0][0, 1] = False
-    linear.adapters.refresh_pruned()
+    linear.adapters["source"].refresh_pruned()
     linear(torch.randn(3, 3, 6)).square().sum().backward()
     for language, grads in enumerate(gradients(linear)):
         for grad, mask in zip(grads, linear.masks(language)):

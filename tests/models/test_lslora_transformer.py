@@ -210,9 +210,9 @@ def test_gradients_reach_the_adapters_of_the_batch_and_no_other(sides, checkpoin
     present = {"source": {0}, "target": {1, 3}}
     for linear in model.adapted_linears():
         for language, code in enumerate(CODES):
-            grad = linear.adapters.weight(language).grad
+            grad = linear.adapters[linear.site.side].weight(language).grad
             assert (grad is not None) == (language in present[linear.site.side]), code
-            for columns in linear.adapters.columns[linear.site.module]:
+            for columns in linear.adapters[linear.site.side].columns[linear.site.module]:
                 assert grad is None or grad[:, columns].ne(0).any(1).all(), (linear.site, code)
 
 
@@ -272,7 +272,9 @@ def test_state_dict_round_trip_changes_no_bit():
     net_input = batch(PAIRS)
     assert torch.equal(model(**net_input)[0], again(**net_input)[0])
     assert not again.adapted_linears()[3].masks(0)[1][0, 2]
-    assert [linear.adapters.is_pruned for linear in again.adapted_linears()[:6]] == [
+    assert [
+        linear.adapters[linear.site.side].is_pruned for linear in again.adapted_linears()[:6]
+    ] == [
         *[True] * 5,  # the first layer
         False,
     ]

@@ -199,13 +199,13 @@ def test_adafactor_sees_every_factor_as_a_matrix_of_its_own():
     model = set_adapters(build())
     optimizer = optimizer_for(model, "adafactor", pruning_final_sparsity=0.0)
     linear = model.adapted_linears()[3]
-    columns = linear.adapters.columns[linear.site.module]
+    columns = linear.adapters[linear.site.side].columns[linear.site.module]
     copies = [torch.nn.Parameter(f.detach().clone()) for f in linear.factors(0)]
     plain = optimizer._build_inner(options("adafactor"), copies)
     for seed in range(3):
         update(model, optimizer, ALL, seed=seed)
         for copied, part in zip(copies, columns):
-            copied.grad = linear.adapters.weight(0).grad[:, part].clone()
+            copied.grad = linear.adapters[linear.site.side].weight(0).grad[:, part].clone()
         plain.step()
     assert same(linear.factors(0), tuple(copies))
 

@@ -33,10 +33,10 @@ def tiny(monkeypatch):
 
 def our_factors(linear, language, of=lambda param: param):
     """A (rank, in) and B (out, rank) of one language at one site, or *of* them; None for None."""
-    weight = of(linear.adapters.weight(language))
+    weight = of(linear.adapters[linear.site.side].weight(language))
     if weight is None:
         return None, None
-    a, b = linear.adapters.columns[linear.site.module]
+    a, b = linear.adapters[linear.site.side].columns[linear.site.module]
     return weight[:, a], weight[:, b].T
 
 
