@@ -46,7 +46,7 @@ class Trained:
 
     def base_parameters(self):
         """Parameters of the frozen base model; shared embeddings count once."""
-        base = {k: w for k, w in self.weights.items() if not _is_learned(k)}
+        base = {k: w for k, w in self.weights.items() if not is_adapter_key(k)}
         embeddings = []
         for key in EMBEDDINGS:
             # a checkpoint from a GPU holds a copy of what the model shares
@@ -70,7 +70,7 @@ def read(path):
     if not os.path.isfile(path):
         raise ConfigError(f"{path}: no such file: name a checkpoint that fairseq-train wrote")
     options, weights = read_checkpoint(path)
-    if options.get("lora_tiers") is None or not any(map(_is_learned, weights)):
+    if options.get("lora_tiers") is None or not any(map(is_adapter_key, weights)):
         raise ConfigError(
             f"{path} has no adapters: name a checkpoint that was trained with --arch lslora_…"
         )
@@ -81,10 +81,6 @@ def read(path):
         raise ConfigError(f"{path} holds options that do not fit its weights: {error}") from None
     _check_fit(path, weights, plan)
     return Trained(path, options, weights, layers, plan)
-
-
-def _is_learned(key):
-    return is_adapter_key(key) or key.split(".")[-2:-1] == ["side_weights"]
 
 
 def _sizes(path, weights):
@@ -124,7 +120,7 @@ def _check_fit(path, weights, plan):
         if plan.weight_learning:
             layer = key.rpartition(".")[0]
             expected[f"{layer}.side_weights.logits"] = 1, 2
-    found = {key: tuple(w.shape) for key, w in weights.items() if _is_learned(key)}
+    found = {key: tuple(w.shape) for key, w in weights.items() if is_adapter_key(key)}
     wrong = [
         f"{key}: {found.get(key, 'missing')} instead of {expected.get(key, 'none')}"
         for key in {**expected, **found}
