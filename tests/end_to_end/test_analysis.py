@@ -7,6 +7,8 @@ import pytest
 import torch
 from console import adapters_in, finetune_args, lslora, run, with_option, without
 
+import lslora_fairseq  # noqa: F401  lets torch.load read fairseq's checkpoints
+
 
 @pytest.fixture(scope="module")
 def estimated(corpus, tmp_path_factory):
