@@ -174,10 +174,11 @@ class AdapterPlan:
             for side in plan.SIDES:
                 rows += [(tier, "", *key, n) for key, n in count.items() if key[0] == side]
             rows.append((tier, len(members), "all", "all", sum(count.values())))
+        total = sum(row[-1] for row in rows if row[1])
         if self.weight_learning:  # w of either side in every layer
             layers = {(site.stack, site.layer) for site in self.sites}
-            rows.append(("none", 0, "both", "side weights", 2 * len(layers)))
-        total = sum(row[-1] for row in rows if row[1] != "")
+            rows.append(("", "", "both", "side weights", 2 * len(layers)))
+            total += 2 * len(layers)
         rows.append(("total", len(languages), "all", "all", total))
         form = "{:<12}{:>9}  {:<8}{:<20}{:>14}{:>10}".format
         return "\n".join(

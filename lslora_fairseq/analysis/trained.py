@@ -11,14 +11,7 @@ from lslora_fairseq.checkpoints import read_checkpoint
 from lslora_fairseq.config import AdapterPlan, LSLoConfig, resolve
 from lslora_fairseq.errors import ConfigError, listed
 from lslora_fairseq.lora.plan import MODULES
-from lslora_fairseq.models.loading import is_adapter_key
-
-# the embeddings that a model may share; the first is there in any
-EMBEDDINGS = (
-    "encoder.embed_tokens.weight",
-    "decoder.embed_tokens.weight",
-    "decoder.output_projection.weight",
-)
+from lslora_fairseq.models.loading import EMBEDDINGS, is_adapter_key
 
 
 @dataclass(frozen=True)

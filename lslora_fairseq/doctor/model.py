@@ -11,6 +11,7 @@ from fairseq.models import ARCH_CONFIG_REGISTRY
 from lslora_fairseq import unsupported
 from lslora_fairseq.doctor.memory import Shape
 from lslora_fairseq.errors import ConfigError, UserError
+from lslora_fairseq.models.loading import EMBEDDINGS
 from lslora_fairseq.models.lslora_transformer import LSLoTransformerModel
 from lslora_fairseq.tasks.translation_multi_lslora import restore_lora_options
 
@@ -22,11 +23,6 @@ NOT_TAKEN_OVER = {
     "encoder_embed_path": None,
     "decoder_embed_path": None,
 }
-EMBEDDINGS = (
-    "encoder.embed_tokens.weight",
-    "decoder.embed_tokens.weight",
-    "decoder.output_projection.weight",
-)
 
 
 class _Rows(Dictionary):

@@ -8,6 +8,12 @@ from fairseq.data.multilingual.multilingual_utils import get_lang_tok
 
 from lslora_fairseq.errors import ConfigError
 
+# what has a row for each symbol; a model may share them
+EMBEDDINGS = (
+    "encoder.embed_tokens.weight",
+    "decoder.embed_tokens.weight",
+    "decoder.output_projection.weight",
+)
 SPECIALS = 4  # fairseq's <s> <pad> </s> <unk> come before the lines of a dictionary
 
 

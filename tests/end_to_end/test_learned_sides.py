@@ -7,6 +7,8 @@ import pytest
 import torch
 from console import finetune_args, generate_args, lslora, run
 
+import lslora_fairseq  # noqa: F401  lets torch.load read fairseq's checkpoints
+
 
 @pytest.fixture(scope="module")
 def learned(corpus, tmp_path_factory):

@@ -1,0 +1,220 @@
+"""Encoder and decoder, which turn the languages of a batch into routes for their layers.
+
+Language ids travel with the tensors they index: in ``net_input`` to the encoder, in
+``encoder_out`` to the decoder, and as an argument to every layer. Beam search reorders them with
+the encoder output, and activation checkpointing hands each layer its own batch's again.
+"""
+
+from contextlib import contextmanager
+
+from fairseq.models.transformer import TransformerDecoderBase, TransformerEncoderBase
+from fairseq.modules.checkpoint_activations import checkpoint_wrapper
+
+from lslora_fairseq.lora.plan import SIDES
+from lslora_fairseq.lora.routing import Present, RouteSlot
+from lslora_fairseq.models.layers import (
+    LSLoTransformerDecoderLayer,
+    LSLoTransformerEncoderLayer,
+    keep_batch_first,
+)
+
+LANG_IDS = tuple(f"{side}_lang_ids" for side in SIDES)
+
+
+class _RoutedStack:
+    """An encoder or decoder that turns language ids into routes once per batch.
+
+    A full pass runs on sentences sorted by the side that indexes most of the stack's sites; what
+    goes in and out keeps the caller's order.
+    """
+
+    def attach(self, layout, sites):
+        """Shares the model's stacking of languages and one route slot with all layers.
+
+        Args:
+            layout: the model's :class:`AdapterLayout`
+            sites: the sites of this stack
+        """
+        self.__dict__["layout"] = layout  # the model owns it, as a submodule
+        sides = [site.side for site in sites]
+        self.sides = [side for side in SIDES if side in sides]
+        self.sorted_side = max(SIDES, key=sides.count)
+        self.slot = RouteSlot()
+        for layer in self.layers:
+            layer.stack_slot = self.slot
+        if self.layer_norm is not None:
+            keep_batch_first(self.layer_norm)
+
+    def order(self, ids):
+        """The permutation that sorts a batch, and its inverse; None where nothing is to sort.
+
+        Args:
+            ids: side -> (batch,) language indices or None
+        """
+        lang_ids = ids[self.sorted_side] if self.sides else None
+        if lang_ids is None:
+            return None
+        order = lang_ids.argsort(stable=True)
+        return order, order.argsort()
+
+    def present(self, ids):
+        """side -> the languages of the batch, for the sides that index any site of this stack.
+
+        Args:
+            ids: side -> (batch,) language indices or None
+        """
+        return {
+            side: Present(self.layout, ids[side]) for side in self.sides if ids[side] is not None
+        }
+
+    @contextmanager
+    def routed(self, ids, present, sorted_time=None):
+        """Layers called inside find the routes of these sentences.
+
+        Args:
+            ids: side -> (batch,) language indices or None
+            present: side -> :class:`Present`, of which the ids are
+            sorted_time: if the sentences are sorted by :meth:`order`, their number of tokens
+        """
+        self.slot.routes = {
+            side: languages.sorted(ids[side], sorted_time)
+            if sorted_time and side == self.sorted_side
+            else languages.unsorted(ids[side])
+            for side, languages in present.items()
+        }
+        try:
+            yield
+        finally:
+            self.slot.routes = {}
+
+
+def _maybe_checkpointed(layer, cfg):
+    if cfg.checkpoint_activations:
+        return checkpoint_wrapper(layer, offload_to_cpu=cfg.offload_activations)
+    return layer
+
+
+class LSLoTransformerEncoder(_RoutedStack, TransformerEncoderBase):
+    merged = {}  # side -> the language whose adapters were merged into the weights
+
+    def build_encoder_layer(self, cfg):
+        return _maybe_checkpointed(LSLoTransformerEncoderLayer(cfg, return_fc=self.return_fc), cfg)
+
+    def forward_embedding(self, *args, **kwargs):
+        x, embedding = super().forward_embedding(*args, **kwargs)
+        return _differentiable(x, self.cfg), embedding
+
+    def forward(
+        self,
+        src_tokens,
+        src_lengths=None,
+        return_all_hiddens=False,
+        token_embeddings=None,
+        source_lang_ids=None,
+        target_lang_ids=None,
+    ):
+        """As fairseq's, with the language of each sentence.
+
+        Args:
+            source_lang_ids, target_lang_ids: (batch,) language indices; None where no layer of
+                the model is indexed by that side
+
+        Returns:
+            fairseq's encoder_out with the ids beside it, each in a list (empty for None)
+
+        Raises:
+            RuntimeError: other languages than those merged into the weights.
+        """
+        ids = dict(zip(SIDES, (source_lang_ids, target_lang_ids)))
+        for side, language in self.merged.items():
+            if ids[side] is not None and (ids[side] != language).any():
+                raise RuntimeError(
+                    f"the adapters of one {side} language were merged into the weights, and the "
+                    "batch has another: load the checkpoint anew for another direction"
+                )
+        order = self.order(ids)
+        if order is None:
+            out = super().forward(src_tokens, src_lengths, return_all_hiddens, token_embeddings)
+        else:
+            there, back = order
+            args = [None if t is None else t[there] for t in (src_tokens, src_lengths)]
+            if token_embeddings is not None:
+                token_embeddings = token_embeddings[there]
+            ids_there = _reorder_ids(ids, there)
+            with self.routed(ids_there, self.present(ids_there), src_tokens.size(1)):
+                out = super().forward(*args, return_all_hiddens, token_embeddings)
+            for key in ("encoder_padding_mask", "encoder_embedding", "src_lengths"):
+                out[key] = [t.index_select(0, back) for t in out[key]]
+            for key in ("encoder_out", "encoder_states"):
+                out[key] = [_reorder(x, back) for x in out[key]]
+        for key, side in zip(LANG_IDS, SIDES):
+            out[key] = [] if ids[side] is None else [ids[side]]
+        return out
+
+    def reorder_encoder_out(self, encoder_out, new_order):
+        reordered = super().reorder_encoder_out(encoder_out, new_order)
+        for key in LANG_IDS:
+            reordered[key] = [ids.index_select(0, new_order) for ids in encoder_out[key]]
+        return reordered
+
+
+class LSLoTransformerDecoder(_RoutedStack, TransformerDecoderBase):
+    def build_decoder_layer(self, cfg, no_encoder_attn=False):
+        return _maybe_checkpointed(LSLoTransformerDecoderLayer(cfg, no_encoder_attn), cfg)
+
+    def extract_features(
+        self, prev_output_tokens, encoder_out, incremental_state=None, *args, **kwargs
+    ):
+        """As fairseq's, but without the ``inner_states``."""
+        ids = {
+            side: encoder_out[key][0] if encoder_out[key] else None
+            for key, side in zip(LANG_IDS, SIDES)
+        }
+        if incremental_state is not None:
+            with self.routed(ids, self._kept_present(ids, incremental_state)):
+                return super().extract_features(
+                    prev_output_tokens, encoder_out, incremental_state, *args, **kwargs
+                )
+        order = self.order(ids)
+        if order is None:
+            return super().extract_features(prev_output_tokens, encoder_out, None, *args, **kwargs)
+        there, back = order
+        encoder_out = {
+            **encoder_out,
+            "encoder_out": [_reorder(x, there) for x in encoder_out["encoder_out"]],
+            "encoder_padding_mask": [t[there] for t in encoder_out["encoder_padding_mask"]],
+        }
+        ids = _reorder_ids(ids, there)
+        with self.routed(ids, self.present(ids), prev_output_tokens.size(1)):
+            features, extra = super().extract_features(
+                prev_output_tokens[there], encoder_out, None, *args, **kwargs
+            )
+        attention = [None if a is None else a[back] for a in extra["attn"]]
+        return features.index_select(0, back), {"attn": attention, "inner_states": []}
+
+    def _kept_present(self, ids, incremental_state):
+        """The languages of the batch's first step: later steps have no others, and what is
+        stacked for them, or came from the device, serves all steps."""
+        present = incremental_state.get("lslora_present")
+        if present is None:
+            present = incremental_state["lslora_present"] = self.present(ids)
+            for languages in present.values():
+                languages.stacks = {}
+        return present
+
+
+def _reorder(x, order):
+    """Sentences of (time, batch, channel) in another order, batch-first in memory."""
+    return x.transpose(0, 1).index_select(0, order).transpose(0, 1)
+
+
+def _reorder_ids(ids, order):
+    return {side: None if t is None else t[order] for side, t in ids.items()}
+
+
+def _differentiable(x, cfg):
+    """Frozen embeddings give a first layer whose input needs no gradient; a checkpointed layer
+    would then be cut off from the graph, adapters and all."""
+    if cfg.checkpoint_activations and not x.requires_grad:
+        x.requires_grad_()
+    return x
