@@ -81,4 +81,4 @@ def save(folder, content):
     """Path of the written checkpoint."""
     path = folder / "checkpoint_last.pt"
     torch.save(content, path)
-    return path
+    return str(path)  # torch 2.2 maps no other kind of path

@@ -12,7 +12,13 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/config.sh"
 activate_python
+python -c 'import matplotlib' 2>/dev/null ||
+    fail "matplotlib is missing, which draws demand.png: pip install matplotlib"
 mkdir -p "$LEARNED"
+
+lslora() { # of this clone, whether or not it is installed
+    PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" python -m lslora_fairseq.cli "$@"
+}
 
 # train NAME SETTING=VALUE... : a run of finetune.sh with some settings of its own
 train() {

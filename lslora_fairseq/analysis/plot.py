@@ -131,7 +131,7 @@ def _draw_map(axes, demand, stack, heat, most):
     if len(heat) <= 16:
         for (row, column), share in np.ndenumerate(heat):
             if not np.isnan(share):
-                colour = "white" if share > 0.55 * most else INK
+                colour = "white" if share > 0.6 * most else INK
                 axes.text(column, row, _percent(share), color=colour, fontsize=7, **CENTRED)
     return image
 

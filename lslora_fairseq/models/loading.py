@@ -106,7 +106,8 @@ def take_rows(own, found, matched):
 
 
 def is_adapter_key(key):
-    """Whether a state dict key belongs to adapters (its last but one part is matched whole)."""
+    """Whether a state dict key belongs to adapters or to the weights of their sides (its last but
+    one part is matched whole)."""
     return key.split(".")[-2:-1] in [["source_adapters"], ["target_adapters"], ["side_weights"]]
 
 

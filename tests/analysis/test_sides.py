@@ -80,6 +80,12 @@ def trained_layers(text):
     return {"0,2": (0, 2), "1-2": (1, 2), "2": (2,)}[text]
 
 
+def test_of_the_layers_below_the_nearest_one_counts(tmp_path):
+    logits = {("encoder", 0): (1.0, 0.0), ("encoder", 1): (0.0, 1.0)}
+    layers = learned(tmp_path, logits, encoder_lora_layers="0-1")
+    assert sides.side_flags(layers)["--encoder-index-side"] == "source*1,target*2"
+
+
 def test_a_stack_without_adapters_gets_no_flag(tmp_path):
     layers = learned(tmp_path, decoder_target_modules="none")
     assert sides.side_flags(layers) == {"--encoder-index-side": "source*2,target*1"}

@@ -1,5 +1,7 @@
 """Reading a checkpoint with adapters: what it holds, and what is refused."""
 
+from pathlib import Path
+
 import handmade
 import pytest
 import torch
@@ -87,7 +89,7 @@ def test_another_kind_of_model(tmp_path):
 
 def test_a_damaged_file(tmp_path):
     path = saved(tmp_path)
-    path.write_bytes(path.read_bytes()[:-100])
+    Path(path).write_bytes(Path(path).read_bytes()[:-100])
     assert refusal(path).startswith(f"cannot read the checkpoint {path} (")
 
 

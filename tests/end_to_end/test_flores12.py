@@ -1,5 +1,6 @@
 """The recipe of examples/flores12 in miniature: its own scripts on archives like the real ones."""
 
+import json
 import os
 import re
 import shutil
@@ -11,18 +12,23 @@ from pathlib import Path
 import pytest
 from console import PAIRS, ROOT, SIZES
 
+from lslora_fairseq.checkpoints import read_args
+from lslora_fairseq.languages import Languages
+
 SCRIPTS = ("download.sh", "prepare.sh", "finetune.sh", "evaluate.sh")
+RECIPE = ROOT / "examples" / "flores12"
 FLORES_CODES = {"en": "eng", "de": "deu", "ja": "jpn"}
 
 
-def script(name, settings, **more):
-    """Runs a script of the recipe; returns (exit status, stdout, stderr)."""
+def script(name, settings, source=os.devnull, **more):
+    """Runs a script of the recipe, after a file of settings; (exit status, stdout, stderr)."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    python = {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        ["bash", str(ROOT / "examples" / "flores12" / name)],
+        ["bash", "-c", 'source "$1" && bash "$2"', "script", str(source), str(RECIPE / name)],
         capture_output=True,
         text=True,
-        env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", **settings, **more},
+        env={**os.environ, **python, **settings, **more},
         cwd=Path(settings["WORK"]).parent,  # anywhere but in the clone
         timeout=300,
     )
@@ -71,6 +77,8 @@ def settings(corpus, tmp_path_factory):
         "UPDATE_FREQ": "1",
         "BEAM": "2",
         "BLEU_TOKENIZER": "char",
+        "EQUAL_RANK": "3",
+        "BUDGET": "15872",  # what RANKS have
         "JOBS": "1",
         "EXTRA_TRAIN_ARGS": " ".join(["--cpu", "--num-workers", "0", *SIZES]),
         "EXTRA_GENERATE_ARGS": "--cpu --num-workers 0 --max-len-b 30",
@@ -162,3 +170,92 @@ def test_texts_must_have_as_many_lines(settings, printed, tmp_path):
 def test_an_unknown_language_is_named(settings, tmp_path):
     said = error(script("download.sh", settings, WORK=str(tmp_path), TIERS="high=en,tlh"))
     assert "'tlh' of TIERS" in said and "FLORES_CODES=tlh=code" in said
+
+
+def exported(settings_file):
+    """What a file of settings exports."""
+    says = 'source "$1" && env -0'
+    bash = ["bash", "-c", says, "settings", str(settings_file)]
+    done = subprocess.run(bash, capture_output=True, text=True, env={}, check=True)
+    return dict(entry.split("=", 1) for entry in done.stdout.split("\0") if entry)
+
+
+@pytest.fixture(scope="module")
+def learned(settings, printed):
+    """(folder of what learn_architecture.sh found, its stdout)"""
+    status, out, stderr = script("learn_architecture.sh", settings)
+    assert status == 0, f"{out[-3000:]}\n{stderr[-3000:]}"
+    return Path(settings["WORK"], "architecture"), out
+
+
+def test_the_architecture_is_learned(settings, learned):
+    folder, out = learned
+    mixed = read_args(folder / "weight_learning" / "checkpoint_last.pt")
+    competing = read_args(folder / "estimation" / "checkpoint_last.pt")
+    assert mixed["lora_weight_learning"] and not competing["lora_weight_learning"]
+    assert mixed["lora_rank"] == competing["lora_rank"] == "3"
+    found = exported(folder / "settings.sh")
+    for stack in ("encoder", "decoder"):
+        assert competing[f"{stack}_index_side"] == found[f"{stack.upper()}_SIDES"]
+    words = [(folder / f"{name}.flags").read_text().split() for name in ("sides", "suggestion")]
+    assert [word for word in sum(words, []) if not word.startswith("--")] == [
+        found["ENCODER_SIDES"], found["DECODER_SIDES"], found["RANKS"],
+        found["ENCODER_MODULES"], found["DECODER_MODULES"],
+    ]  # fmt: skip
+    for name in ("sides.txt", "demand.txt", "suggestion.txt", "settings.sh"):
+        assert (folder / name).read_text() in out
+    assert json.loads((folder / "demand.json").read_text("utf-8"))
+    assert (folder / "demand.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_learned_architecture_is_fine_tuned_and_scored(settings, learned):
+    folder, _ = learned
+    for name in ("finetune.sh", "evaluate.sh"):
+        status, out, stderr = script(name, settings, folder / "settings.sh")
+        assert status == 0, f"{name} failed:\n{out[-3000:]}\n{stderr[-3000:]}"
+    assert out.startswith("BLEU of each direction")
+    found = exported(folder / "settings.sh")
+    save_dir = Path(settings["WORK"], "finetuned_learned")
+    assert found["SAVE_DIR"] == str(save_dir) and (save_dir / "checkpoint_last.pt").exists()
+    tuned = read_args(save_dir / "checkpoint_last.pt")
+    for option, name in (
+        ("lora_rank", "RANKS"),
+        ("encoder_index_side", "ENCODER_SIDES"),
+        ("decoder_index_side", "DECODER_SIDES"),
+        ("encoder_target_modules", "ENCODER_MODULES"),
+        ("decoder_target_modules", "DECODER_MODULES"),
+    ):
+        assert tuned[option] == found[name]
+    log = (save_dir / "train.log").read_text("utf-8")
+    trained = re.search(r"^total .* all +([\d,]+) ", log, re.M)[1].replace(",", "")
+    assert 0 < int(trained) <= int(settings["BUDGET"])
+
+
+def test_a_learned_architecture_is_not_learned_again(settings, learned):
+    folder, _ = learned
+    trained = sorted(folder.glob("*/*"))
+    before = [path.stat().st_mtime_ns for path in trained]
+    found = (folder / "settings.sh").read_text()
+    status, out, _ = script("learn_architecture.sh", settings)
+    assert status == 0 and out.count(" is finished\n") == 2
+    assert [path.stat().st_mtime_ns for path in trained] == before
+    assert (folder / "settings.sh").read_text() == found
+
+
+def test_the_thirty_languages_hold_the_twelve_and_are_known():
+    settings = exported(ROOT / "examples" / "flores30" / "settings.sh")
+    twelve, thirty = (
+        Languages.parse(tiers)
+        for tiers in (re.search(r"TIERS:-(.*)}", (RECIPE / "config.sh").read_text())[1],
+                      settings["TIERS"])
+    )  # fmt: skip
+    assert (len(twelve), len(thirty)) == (12, 30)
+    assert [sum(thirty.tier(c) == t for c in thirty.codes) for t in thirty.tiers] == [10] * 3
+    assert all(thirty.tier(code) == twelve.tier(code) for code in twelve.codes)
+    codes = "source config.sh && for l in $LANGUAGES; do flores_code $l || exit; done"
+    done = subprocess.run(
+        ["bash", "-c", codes], capture_output=True, text=True, cwd=RECIPE,
+        env={**os.environ, **settings},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(set(done.stdout.split())) == 30
