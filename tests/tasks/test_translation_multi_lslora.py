@@ -308,6 +308,16 @@ def test_a_resumed_run_takes_its_adapters_from_the_checkpoint(data, tmp_path):
     ]
 
 
+def test_a_resumed_run_learns_weights_as_its_checkpoint_did(data, tmp_path):
+    checkpoint(
+        tmp_path / "checkpoint_last.pt", lora_weight_learning=True, encoder_index_side=None,
+        decoder_index_side=None,
+    )  # fmt: skip
+    for given in ([], ["--lora-weight-learning"]):
+        _, model = build(resuming(data, tmp_path, *given))
+        assert model.plan.weight_learning
+
+
 def test_options_that_say_the_same_are_accepted(data, tmp_path):
     checkpoint(tmp_path / "checkpoint_last.pt")
     tiers = tmp_path / "tiers.tsv"
