@@ -177,7 +177,7 @@ def check_model(inputs):
     found = (
         f"{size.adapter_entries:,} trainable parameters, "
         f"{size.adapter_entries / size.base_parameters:.2%} of {size.base_parameters:,}: "
-        f"{len(plan.languages)} languages, {len(plan.sites)} linears"
+        f"{len(plan.languages)} languages, {len({site.name for site in plan.sites})} linears"
     )
     return [Line(OK, "adapters", found)]
 

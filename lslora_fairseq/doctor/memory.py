@@ -26,7 +26,7 @@ class Shape:
 
     Attributes:
         base_parameters: frozen parameters, shared ones counted once
-        adapter_entries: trainable entries of all languages
+        adapter_entries: trainable entries of all languages, and the side weights
         encoder_layers, decoder_layers, dim, ffn_dim: sizes of the transformer
         rows: embedding rows
     """

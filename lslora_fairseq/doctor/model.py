@@ -91,10 +91,10 @@ def check_fit(model, checkpoint):
 
 def shape(model):
     """The :class:`Shape` of a model for the estimate of its memory."""
-    plan, encoder, decoder = model.plan, model.encoder, model.decoder
+    encoder, decoder = model.encoder, model.decoder
     return Shape(
         base_parameters=sum(p.numel() for p in model.parameters() if not p.requires_grad),
-        adapter_entries=sum(site.entries(rank) for site in plan.sites for rank in plan.ranks),
+        adapter_entries=sum(p.numel() for p in model.parameters() if p.requires_grad),
         encoder_layers=len(encoder.layers),
         decoder_layers=len(decoder.layers),
         dim=encoder.embed_tokens.embedding_dim,

@@ -370,7 +370,7 @@ def restore_lora_options(args, path, saved, langs):
     for name in LORA_FIELDS:
         trained = saved.get(name, getattr(LSLoConfig, name))  # older than the option
         value = getattr(given, name, None)
-        is_given = value is not None and value is not False  # a flag that is left out is False
+        is_given = value is not None and value is not False  # the doctor's parser: not given
         if is_given and not _same(name, value, trained):
             here, there = _from_first_difference(value, trained)
             raise ConfigError(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from console import finetune_args, generate_args, lslora, run
 
-import lslora_fairseq  # noqa: F401  lets torch.load read fairseq's checkpoints
+from lslora_fairseq.models.loading import is_adapter_key
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +49,15 @@ def test_sides_reads_them(learned):
 def test_decoding_needs_no_option_of_the_adapters(corpus, learned):
     _, out, _ = run("fairseq-generate", *generate_args(corpus, learned[0], "en", "fr"))
     assert len(re.findall(r"^H-\d+\t", out, re.M)) == 8
+
+
+def test_the_doctor_takes_weight_learning_from_the_checkpoint(learned):
+    trained = [v for k, v in torch.load(learned[0])["model"].items() if is_adapter_key(k)]
+    entries = sum(v.numel() for v in trained if v.is_floating_point())
+    _, out, _ = lslora("doctor", "--checkpoint", learned[0], "--format", "json")
+    (line,) = [line for line in json.loads(out)["lines"] if line["check"] == "adapters"]
+    assert line["found"].startswith(f"{entries:,} trainable parameters, ")
+    assert line["found"].endswith(": 4 languages, 31 linears")  # 3 * 5 + 2 * 8
 
 
 def test_sides_found_are_accepted_by_the_next_run(corpus, learned, tmp_path):
