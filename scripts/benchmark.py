@@ -3,9 +3,9 @@
 
 Compared are the frozen base without adapters (the limit), full fine-tuning, one LoRA for all
 languages, one LoRA per language applied by a loop of boolean masks (the obvious implementation),
-this package, and PEFT on a Hugging Face model of the same shape where peft and transformers are
-installed. Of the languages every third has rank 8, the others rank 2; the encoder is indexed by the
-source language, the decoder by the target language.
+this package, the same with --lora-weight-learning, and PEFT on a Hugging Face model of the same
+shape where peft and transformers are installed. Of the languages every third has rank 8, the others
+rank 2; the encoder is indexed by the source language, the decoder by the target language.
 
 sections:
   step       training step: forward and backward, clipping and optimizer

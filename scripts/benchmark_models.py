@@ -270,6 +270,16 @@ class Ours(Contender):
         return {**batch.tokens, **batch.lang_ids}
 
 
+class WeightLearning(Ours):
+    """This package with the adapters of both sides in every layer (``--lora-weight-learning``)."""
+
+    def build(self, setting, languages):
+        options = adapter_options(languages)
+        for stack in SIDES:
+            del options[f"{stack}_index_side"]
+        return setting.build(LSLoTransformerModel, lora_weight_learning=True, **options)
+
+
 def new_factors(linear, rank):
     """A and B of a fresh adapter, (rank, in) and (out, rank)."""
     A = linear.weight.new_empty(rank, linear.in_features)
@@ -442,6 +452,7 @@ def check_peft():
 FROZEN, FULL, SHARED = "frozen base", "full fine-tuning", f"shared LoRA (rank {LOW_RANK})"
 CONTIGUOUS = "frozen base, contiguous"
 LOOP, OURS = "per-language loop", "lslora_fairseq"
+BOTH_SIDES = f"{OURS}, weight learning"
 HF_FROZEN, HF_PEFT = "frozen Hugging Face twin", f"PEFT on it (rank {LOW_RANK})"
 
 CONTENDERS = {
@@ -450,6 +461,7 @@ CONTENDERS = {
     FULL: FullFineTuning,
     SHARED: SharedLoRA,
     OURS: Ours,
+    BOTH_SIDES: WeightLearning,
     LOOP: LanguageLoop,
     HF_FROZEN: HuggingFaceFrozenBase,
     HF_PEFT: PEFT,

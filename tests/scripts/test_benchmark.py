@@ -127,6 +127,8 @@ def test_what_each_contender_trains():
     assert count == TINY.layers * (5 + 8)
     assert len(names["shared LoRA (rank 8)"]) == 2 * count
     assert len(names["per-language loop"]) == 2 * count * LANGUAGES
+    adapters_and_w = 2 * LANGUAGES + 1  # of a layer
+    assert len(names[benchmark_models.BOTH_SIDES]) == 2 * TINY.layers * adapters_and_w
 
 
 def test_ranks_of_the_package_are_those_of_the_loop():
