@@ -134,7 +134,8 @@ def read_checkpoint(path):
     """
     try:
         try:
-            state = torch.load(path, map_location="cpu", mmap=True)
+            # torch 2.2 maps no file that is named by a Path
+            state = torch.load(str(path), map_location="cpu", mmap=True)
         except RuntimeError:  # a file of torch's old format cannot be mapped
             state = torch.load(path, map_location="cpu")
     except UNREADABLE as error:
