@@ -12,7 +12,7 @@ lslora_find_python() {
         fi
     done
     echo "lslora: error: no Python 3.10, 3.11 or 3.12 found${PYTHON:+ as $PYTHON}:" \
-        "install one, or name it: PYTHON=/path/to/python3.11" >&2
+        "install one, or name it: PYTHON=/path/to/python" >&2
     return 1
 }
 

@@ -8,7 +8,7 @@ if [ "${1:-}" = --python ]; then
         echo "lslora: error: --python needs a version, such as 3.10" >&2
         exit 1
     fi
-    export PYTHON="python$2" VENV="$ROOT/.venv-$2"
+    export PYTHON="${PYTHON:-python$2}" VENV="$ROOT/.venv-$2"
     shift 2
 fi
 source "$ROOT/scripts/environment.sh"
