@@ -16,3 +16,4 @@ if fairseq is not None:
     checkpoints.receive_checkpoints_from_own_processes()
     checkpoints.copy_checkpoints_atomically()
     checkpoints.report_unwritable_save_dir()
+    checkpoints.tell_what_is_loaded()

@@ -8,11 +8,13 @@ import pickle
 import re
 import textwrap
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from fairseq import checkpoint_utils
 from fairseq.distributed import utils as distributed_utils
 from fairseq.file_io import PathManager
+from fairseq.trainer import Trainer
 from omegaconf import OmegaConf
 
 from lslora_fairseq.errors import ConfigError, one_line_errors
@@ -176,9 +178,63 @@ def _unreadable(path, error):
     )
 
 
-def resumed_checkpoint(args):
-    """Path of the checkpoint that ``fairseq-train`` with these *args* will resume, or None."""
-    path = getattr(args, "restore_file", None) or "checkpoint_last.pt"
-    if path == "checkpoint_last.pt":
-        path = os.path.join(getattr(args, "save_dir", None) or "checkpoints", path)
-    return path if os.path.isfile(path) else None
+def chosen_checkpoint(args):
+    """What ``fairseq-train`` with these *args* will load, found by fairseq's own rule.
+
+    Returns:
+        path of the file (which need not exist), and whether training starts afresh from it, with
+        a new optimizer; otherwise it goes on
+    """
+    asked = _Asked(getattr(args, "checkpoint_suffix", None) or "")
+    logger = logging.getLogger(checkpoint_utils.__name__)
+    logger.addFilter(_nothing)
+    try:
+        checkpoint_utils.load_checkpoint(args, asked)
+    except _Answer as answer:
+        return answer.args
+    finally:
+        logger.removeFilter(_nothing)
+
+
+def _nothing(record):
+    return False
+
+
+class _Answer(Exception):
+    pass
+
+
+class _Asked:
+    """Stands for a trainer; answers with what it is told to load instead of loading it."""
+
+    def __init__(self, suffix):
+        self.checkpoint_suffix = suffix
+
+    def load_checkpoint(self, path, reset_optimizer, *_, **__):
+        raise _Answer(path, reset_optimizer)
+
+
+being_loaded = ContextVar("lslora_being_loaded", default=None)  # path, or None
+
+
+def tell_what_is_loaded():
+    """While fairseq's trainer loads a checkpoint, :data:`being_loaded` tells which; a task that
+    asks for it learns that training starts afresh from one."""
+    load = Trainer.load_checkpoint
+    if getattr(load, "telling", False):
+        return
+
+    @functools.wraps(load)
+    def load_checkpoint(self, filename, reset_optimizer=False, *args, **kwargs):
+        found = os.path.isfile(filename)
+        token = being_loaded.set(filename if found else None)
+        try:
+            extra_state = load(self, filename, reset_optimizer, *args, **kwargs)
+        finally:
+            being_loaded.reset(token)
+        if found and reset_optimizer and hasattr(self.task, "starts_afresh"):
+            self.task.starts_afresh(self.model, filename)
+        return extra_state
+
+    load_checkpoint.telling = True
+    Trainer.load_checkpoint = load_checkpoint

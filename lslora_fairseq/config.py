@@ -107,6 +107,12 @@ class PruningConfig(FairseqDataclass):
         "B", "factors that are pruned: B, or AB (each with a threshold of its own)"
     )
 
+    pruning_masks: str = _option(
+        "keep",
+        "what a further stage does with the entries that its --finetune-from-model has pruned: "
+        "keep (they stay zero) or reset (they may grow again, until this run prunes)",
+    )
+
     def validated(self):
         """Returns the :class:`Schedule`.
 
@@ -116,6 +122,7 @@ class PruningConfig(FairseqDataclass):
         for option, value, valid in (
             ("--pruning-scope", self.pruning_scope, ("language", "layer")),
             ("--pruning-target", self.pruning_target, ("B", "AB")),
+            ("--pruning-masks", self.pruning_masks, ("keep", "reset")),
         ):
             if value not in valid:
                 raise ConfigError(f"{option} {value} must be {' or '.join(valid)}")

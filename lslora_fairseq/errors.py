@@ -40,4 +40,12 @@ def one_line_errors(*also):
     except (ConfigError, *also) as error:
         if os.environ.get("LSLORA_TRACEBACK"):
             raise
-        raise UserError(f"lslora: error: {error}") from None
+        raise UserError(f"lslora: error: {_message(error)}") from None
+
+
+def _message(error):
+    """What an error says; of one from a process that loads data, of which torch makes a traceback
+    in words, the last line."""
+    text = str(error)
+    name = f"{type(error).__module__}.{type(error).__qualname__}: "
+    return text.rpartition(f"\n{name}")[2].strip() if text.startswith("Caught ") else text

@@ -5,12 +5,14 @@ so that an optimizer meets few tensors, and none of a language that is absent fr
 """
 
 import math
-from operator import itemgetter
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from lslora_fairseq.lora.plan import SIDES, adapter_columns
+
+PRUNED = "pruned"  # what a state dict calls the entries that a mask removes
 
 
 class LayerAdapters(nn.Module):
@@ -19,7 +21,9 @@ class LayerAdapters(nn.Module):
     Its first columns are A (rank, in) of every site, the others B (rank, out). A is
     Kaiming-uniform (a = √5) and B zero: a fresh adapter changes nothing. The buffer ``mask``
     (rows of all languages, features) is False where an entry is pruned; call
-    :meth:`refresh_pruned` after changing it.
+    :meth:`refresh_pruned` after changing it. A state dict holds it as ``pruned``, 1 where an entry
+    is pruned: the mean of several, rounded down as in fairseq's averaging of checkpoints, is what
+    is pruned in all of them.
 
     Args:
         sites: the sites of one layer that one side indexes
@@ -41,20 +45,28 @@ class LayerAdapters(nn.Module):
         self.columns, self.width_A = adapter_columns(sites)
         features = self.width_A + sum(site.out_features for site in sites)
         self.offsets = tuple(sum(ranks[:i]) for i in range(len(ranks)))
-        for language, (code, rank) in enumerate(zip(codes, ranks)):
+        self.names = tuple(f"lora_{code}" for code in codes)
+        for name, rank in zip(self.names, ranks):
             weight = like.new_zeros(rank, features)
             for columns, _ in self.columns.values():
                 nn.init.kaiming_uniform_(weight[:, columns], a=math.sqrt(5))
-            param = nn.Parameter(weight)
-            param.param_group = Adapter(self, language)
-            self.register_parameter(f"lora_{code}", param)
+            self.register_parameter(name, nn.Parameter(weight))
+        self._tag()
         mask = torch.ones(sum(ranks), features, dtype=torch.bool, device=like.device)
-        self.register_buffer("mask", mask)
+        self.register_buffer("mask", mask, persistent=False)
         self.is_pruned = False
+
+    def _tag(self):
+        for language, name in enumerate(self.names):
+            getattr(self, name).param_group = Adapter(self, language)
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._tag()  # copies of parameters lose their attributes
 
     def weight(self, language):
         """The parameter of a language (its index): (rank, features)."""
-        return tuple(self._parameters.values())[language]
+        return getattr(self, self.names[language])
 
     def rows(self, language):
         """The rows of :attr:`mask` that a language owns."""
@@ -69,8 +81,18 @@ class LayerAdapters(nn.Module):
         """Takes note of whether any entry is pruned, after the mask changed."""
         self.is_pruned = not bool(self.mask.all())
 
-    def _load_from_state_dict(self, *args, **kwargs):
-        super()._load_from_state_dict(*args, **kwargs)
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + PRUNED] = self.mask.logical_not().to(torch.uint8)
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, *args):
+        own = {key: w for key, w in state_dict.items() if key != prefix + PRUNED}
+        super()._load_from_state_dict(own, prefix, metadata, strict, missing, *args)
+        pruned = state_dict.get(prefix + PRUNED)
+        if pruned is not None:
+            self.mask.copy_(pruned == 0)
+        elif strict:
+            missing.append(prefix + PRUNED)
         self.refresh_pruned()
 
     def stack(self, present, dtype=None):
@@ -83,20 +105,15 @@ class LayerAdapters(nn.Module):
         Returns:
             (rows, features) and its :class:`StackGradient`
         """
-        weights = _pick(tuple(self._parameters.values()), present.languages)
+        weights = [self.weight(language) for language in present.languages]
         gradient = StackGradient(self, present.languages)
         stack = _Stacked.apply(gradient, dtype or weights[0].dtype, self.share(), *weights)
         return stack, gradient
 
     def pruned_rows(self, languages):
         """(rows, features) of their stack; True marks a pruned entry."""
-        rows = _pick(self.mask.split(self.ranks), languages)
-        return torch.cat(rows).logical_not_()
-
-
-def _pick(items, numbers):
-    picked = itemgetter(*numbers)(items)
-    return picked if len(numbers) > 1 else (picked,)
+        rows = self.mask.split(self.ranks)
+        return torch.cat([rows[language] for language in languages]).logical_not_()
 
 
 class StackGradient:
@@ -176,6 +193,7 @@ class _Stacked(torch.autograd.Function):
         return stack.to(dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         ctx.gradient.finish(grad)
         grad, d_share = grad.to(ctx.dtype), None
@@ -200,9 +218,16 @@ class SideWeights(nn.Module):
     def __init__(self, like):
         super().__init__()
         self.logits = nn.Parameter(like.new_zeros(1, 2))
-        self.logits.param_group = Adapter(self, None)
+        self._tag()
         mask = torch.ones(1, 2, dtype=torch.bool, device=like.device)
         self.register_buffer("mask", mask, persistent=False)
+
+    def _tag(self):
+        self.logits.param_group = Adapter(self, None)
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._tag()
 
     def share(self, side):
         """p of one side, a scalar tensor."""

@@ -7,11 +7,15 @@ up once; languages absent from the batch take no part.
 
 import math
 from collections import Counter
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cached_property
 from typing import NamedTuple, Union
 
 import torch
 from torch import nn
+
+from lslora_fairseq.errors import listed
 
 # A sorted batch is cut into blocks of neighbouring languages. A block costs a few small matrix
 # products, and every token pays for the columns of the block's other languages too. So a language
@@ -69,6 +73,9 @@ class Present:
         layout: the model's :class:`AdapterLayout`
         lang_ids: (batch,) language indices
 
+    Raises:
+        ValueError: an index of no language.
+
     Attributes:
         languages: the languages (indices), ascending
         owners: (rows,) the language that owns each row of the stack
@@ -79,6 +86,11 @@ class Present:
         self.layout = layout
         self._ids = lang_ids.tolist()
         self.languages = tuple(sorted(set(self._ids)))
+        if self.languages and not 0 <= self.languages[0] <= self.languages[-1] < len(layout.ranks):
+            raise ValueError(
+                f"language indices {listed(map(str, self.languages))}: the model has adapters of "
+                f"{len(layout.ranks)} languages, 0 to {len(layout.ranks) - 1}"
+            )
         self.ranks = [layout.ranks[language] for language in self.languages]
         owners = [la for la, rank in zip(self.languages, self.ranks) for _ in range(rank)]
         self.owners = torch.tensor(owners, device=lang_ids.device)
@@ -165,19 +177,36 @@ class Route(NamedTuple):
         return Route(self.present, (Block(0, batch, rows, block.scaling[::step]),))
 
 
-class RouteSlot:
-    """Where the linears of a layer find the routes and the stacked adapters of its batch.
-
-    A layer fills its slot at the start of every forward pass from an argument, so a forward pass
-    repeated by activation checkpointing sees the routes of its own batch.
+class LayerPass(NamedTuple):
+    """What the linears of a layer find while one forward pass runs through it.
 
     Attributes:
         routes: index side -> :class:`Route`
         stacks: the layer's adapters -> those of the languages present, and their gradient
     """
 
-    def __init__(self):
-        self.fill({})
+    routes: dict
+    stacks: dict
 
-    def fill(self, routes):
-        self.routes, self.stacks = routes, {}
+
+NO_PASS = LayerPass({}, {})
+_pass = ContextVar("lslora_pass", default=NO_PASS)
+
+
+@contextmanager
+def routed(routes):
+    """Linears called inside, from this thread, find these routes: index side -> :class:`Route`.
+
+    Nothing of a batch is kept on a module, so that passes of several threads do not meet, and
+    nothing outlives a pass, whether it ends well or not.
+    """
+    token = _pass.set(LayerPass(routes, {}))
+    try:
+        yield
+    finally:
+        _pass.reset(token)
+
+
+def current_pass():
+    """The :class:`LayerPass` of the innermost :func:`routed` in this thread."""
+    return _pass.get()

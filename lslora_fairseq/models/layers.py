@@ -15,7 +15,7 @@ from fairseq.modules.transformer_layer import (
 from torch import nn
 
 from lslora_fairseq.lora.linear import apply_linears
-from lslora_fairseq.lora.routing import RouteSlot
+from lslora_fairseq.lora.routing import current_pass, routed
 
 # Parameters of an encoder layer of fairseq 0.12.2 that repeat those of its linears, for a fused
 # path in decoding that would go past any adapter.
@@ -112,35 +112,45 @@ def keep_batch_first(module):
             child.__class__ = ByteDropout
 
 
+def name_dropouts(module, name):
+    """Names a module's dropouts as in stock fairseq, for ``--retain-dropout-modules``.
+
+    Args:
+        name: of the stock class whose place the module's class takes
+    """
+    for child in module.modules():
+        if isinstance(child, FairseqDropout) and child.module_name == type(module).__name__:
+            child.module_name = name
+
+
 class _RoutedLayer:
     """A transformer layer that receives its batch's routes as an argument.
 
     The stack's loop calls its layers without them, so ``__call__`` adds them; from there on they
-    are an argument like any other.
+    are an argument like any other, which activation checkpointing keeps for the pass that it
+    repeats.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         for name in FUSED_COPIES:
             self._parameters.pop(name, None)
-        self.slot = RouteSlot()
-        self.stack_slot = None
+        name_dropouts(self, self.stock_name)
         keep_batch_first(self)
 
     def __call__(self, *args, **kwargs):
-        return super().__call__(*args, routes=self.stack_slot.routes, **kwargs)
+        return super().__call__(*args, routes=current_pass().routes, **kwargs)
 
     def forward(self, *args, routes, **kwargs):
-        self.slot.fill(routes)
-        out = super().forward(*args, **kwargs)
-        self.slot.fill({})  # lets go of the graph
-        return out
+        with routed(routes):
+            return super().forward(*args, **kwargs)
 
 
 class LSLoTransformerEncoderLayer(_RoutedLayer, TransformerEncoderLayerBase):
+    stock_name = TransformerEncoderLayerBase.__name__
     # fairseq 0.12.2's own fills in FUSED_COPIES and so turns its fused path on
     _load_from_state_dict = nn.Module._load_from_state_dict
 
 
 class LSLoTransformerDecoderLayer(_RoutedLayer, TransformerDecoderLayerBase):
-    pass
+    stock_name = TransformerDecoderLayerBase.__name__

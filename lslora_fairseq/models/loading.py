@@ -1,12 +1,10 @@
 """Fitting a checkpoint to the model: what may be missing, and matching embedding rows."""
 
-from dataclasses import dataclass
-from typing import Optional
-
 import torch
-from fairseq.data.multilingual.multilingual_utils import get_lang_tok
 
 from lslora_fairseq.errors import ConfigError
+from lslora_fairseq.identity import RECORD
+from lslora_fairseq.lora.adapters import PRUNED
 
 # what has a row for each symbol; a model may share them
 EMBEDDINGS = (
@@ -17,45 +15,6 @@ EMBEDDINGS = (
 SPECIALS = 4  # fairseq's <s> <pad> </s> <unk> come before the lines of a dictionary
 
 
-@dataclass
-class BaseModel:
-    """What is known of the checkpoint named by ``--finetune-from-model``.
-
-    Attributes:
-        path: the file
-        arch: its architecture, or None if the checkpoint does not tell
-        langs: the languages in the order in which it appended their tokens, or None
-        lang_tok_style: how it writes a language token
-    """
-
-    path: str
-    arch: Optional[str] = None
-    langs: Optional[list] = None
-    lang_tok_style: str = "multilingual"
-
-    @classmethod
-    def from_args(cls, path, args):
-        """From the options that the checkpoint was trained with."""
-        langs = args.get("langs")
-        if isinstance(langs, str):
-            langs = langs.split(",")
-        if langs is None and args.get("lang_dict") is None and args.get("lang_pairs"):
-            pairs = args["lang_pairs"]
-            pairs = pairs.split(",") if isinstance(pairs, str) else pairs
-            langs = sorted({lang for pair in pairs for lang in pair.split("-")})
-        return cls(path, args.get("arch"), langs, args.get("lang_tok_style") or "multilingual")
-
-    def symbols(self, lines):
-        """Its dictionary: *lines* (specials included) and the tokens appended to them, or None."""
-        if self.langs is None:
-            return None
-        tokens = [get_lang_tok(lang, self.lang_tok_style) for lang in self.langs]
-        if self.lang_tok_style == "mbart":
-            tokens.append("<mask>")  # fairseq appends it after the tokens of this style
-        known = set(lines)
-        return list(lines) + [t for t in dict.fromkeys(tokens) if t not in known]
-
-
 def match_rows(rows, dictionary, base):
     """Finds the row of every symbol in a base model's embeddings.
 
@@ -63,7 +22,7 @@ def match_rows(rows, dictionary, base):
         rows: number of rows in the base model
         dictionary: this run's dictionary; its attribute ``rows_in_file`` tells how many symbols
             came from the dictionary file (specials included), the rest are language tokens
-        base: a :class:`BaseModel`
+        base: the base model's :class:`~lslora_fairseq.identity.Identity`
 
     Returns:
         (len(dictionary),) row numbers, -1 for a symbol that the base does not have; None if
@@ -112,18 +71,26 @@ def take_rows(own, found, matched):
 
 
 def is_adapter_key(key):
-    """Whether a state dict key belongs to adapters or to the weights of their sides (its last but
-    one part is matched whole)."""
-    return key.split(".")[-2:-1] in [["source_adapters"], ["target_adapters"], ["side_weights"]]
+    """Whether a state dict key is one that a stock model lacks: of adapters, of the weights of
+    their sides (its last but one part is matched whole), or the record of what they are."""
+    parts = key.split(".")[-2:-1]
+    return key == RECORD or parts in [["source_adapters"], ["target_adapters"], ["side_weights"]]
 
 
-def check_keys(own, found, source, arch):
+def rename_masks(state_dict):
+    """Brings masks as they were saved before they could be averaged, ``mask`` (True = keep), to
+    today's form, in place."""
+    for key in [key for key in state_dict if is_adapter_key(key) and key.endswith(".mask")]:
+        mask = state_dict.pop(key)
+        state_dict[key.removesuffix("mask") + PRUNED] = mask.logical_not().to(torch.uint8)
+
+
+def check_keys(own, found, source):
     """Raises ConfigError unless *found* holds every key of *own* in the same shape.
 
     Args:
         own, found: state dicts
-        source: what *found* was read from, for the message
-        arch: its architecture if known
+        source: the :class:`~lslora_fairseq.identity.Identity` of *found*
     """
     problems = [f"{key}: missing" for key in own if key not in found]
     problems += [f"{key}: not in this model" for key in found if key not in own]
@@ -140,6 +107,7 @@ def check_keys(own, found, source, arch):
             "with, or none of them"
         )
     else:
-        cause = f"choose the --arch and sizes of the checkpoint{f' ({arch})' if arch else ''}"
+        known = f" ({source.arch})" if source.arch else ""
+        cause = f"choose the --arch and sizes of the checkpoint{known}"
     more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-    raise ConfigError(f"{source} does not fit this model: {'; '.join(problems[:3])}{more}: {cause}")
+    raise ConfigError(f"{source.path} does not fit this model: {'; '.join(problems[:3])}{more}: {cause}")

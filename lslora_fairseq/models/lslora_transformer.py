@@ -5,13 +5,14 @@ import logging
 
 import torch
 from fairseq.dataclass.utils import gen_parser_from_dataclass
-from fairseq.distributed.utils import get_global_world_size
 from fairseq.models import register_model
 from fairseq.models.transformer import TransformerConfig, TransformerModel
 from fairseq.tasks import FairseqTask
 
+from lslora_fairseq.checkpoints import being_loaded, read_args
 from lslora_fairseq.config import LORA_FIELDS, LSLoConfig, resolve
 from lslora_fairseq.errors import ConfigError, listed, one_line_errors
+from lslora_fairseq.identity import RECORD, Identity, describe
 from lslora_fairseq.lora.adapters import LayerAdapters, SideWeights
 from lslora_fairseq.lora.linear import LSLoLinear
 from lslora_fairseq.lora.merge import merged
@@ -23,10 +24,11 @@ from lslora_fairseq.models.loading import (
     check_keys,
     is_adapter_key,
     match_rows,
+    rename_masks,
     take_rows,
 )
 from lslora_fairseq.models.stacks import LSLoTransformerDecoder, LSLoTransformerEncoder
-from lslora_fairseq.unsupported import refuse_processes, refuse_unsupported
+from lslora_fairseq.unsupported import refuse_unsupported
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +36,6 @@ logger = logging.getLogger(__name__)
 @register_model("lslora_transformer")
 class LSLoTransformerModel(TransformerModel):
     """fairseq's transformer, frozen, with one LoRA per language in its linears."""
-
-    base = None  # what is known of the checkpoint to fine-tune from; set by the task
 
     @classmethod
     def add_args(cls, parser):
@@ -51,10 +51,9 @@ class LSLoTransformerModel(TransformerModel):
                     "add --task translation_multi_lslora"
                 )
             refuse_unsupported(args)
-            if getattr(task, "training", False):
-                refuse_processes(args, get_global_world_size())
             model = super().build_model(args, task)
             model.add_adapters(args)
+            model.identify(args, getattr(task, "langs", None))
         return model
 
     @classmethod
@@ -107,6 +106,17 @@ class LSLoTransformerModel(TransformerModel):
             "adapters of %d languages\n%s", len(self.languages), self.plan.table(base_parameters)
         )
 
+    def identify(self, args, langs):
+        """Records what the model is, for every checkpoint of it.
+
+        Args:
+            langs: the languages in the order of their tokens, or None
+        """
+        options = {**vars(args), "langs": langs, "lang_pairs": None}
+        self.identity = Identity.from_options("this model", options)
+        self.identity.adapters = describe(self.plan)
+        self.register_buffer(RECORD, self.identity.record())
+
     def _adapt(self, layer, sites):
         """Gives the linears of a layer their adapters."""
         plan, like, weights, adapters = self.plan, next(layer.parameters()), None, {}
@@ -120,7 +130,7 @@ class LSLoTransformerModel(TransformerModel):
             parent_name, _, name = site.module.rpartition(".")
             parent = layer.get_submodule(parent_name)
             linear = LSLoLinear(
-                getattr(parent, name), site, adapters, self.adapter_layout, layer.slot, plan.dropout
+                getattr(parent, name), site, adapters, self.adapter_layout, plan.dropout
             )
             setattr(parent, name, linear)
 
@@ -141,8 +151,27 @@ class LSLoTransformerModel(TransformerModel):
 
         Args:
             source, target: language indices
+
+        Raises:
+            RuntimeError: another direction was merged before.
+            ValueError: an index of no language.
         """
         direction = dict(zip(SIDES, (source, target)))
+        needed = {side: direction[side] for side in SIDES if self.plan.needs(side)}
+        if self.encoder.merged:
+            if self.encoder.merged == needed:
+                return
+            raise RuntimeError(
+                f"the adapters of {self._named(self.encoder.merged)} were merged into the weights "
+                f"before those of {self._named(needed)}: load the checkpoint anew for another "
+                "direction"
+            )
+        for side, language in needed.items():
+            if not 0 <= language < len(self.languages):
+                raise ValueError(
+                    f"{side} language {language}: the model has adapters of languages 0 to "
+                    f"{len(self.languages) - 1}"
+                )
         for linear in self.adapted_linears():
             parent_name, _, name = linear.site.name.rpartition(".")
             setattr(self.get_submodule(parent_name), name, merged(linear, direction))
@@ -151,12 +180,28 @@ class LSLoTransformerModel(TransformerModel):
             names = ("source_adapters", "target_adapters", "side_weights")
             for layer, name in itertools.product(stack.layers, names):
                 layer._modules.pop(name, None)
-        needed = {site.side for site in self.plan.sites}
-        self.encoder.merged = {side: direction[side] for side in SIDES if side in needed}
+        self.encoder.merged = needed
+
+    def _named(self, direction):
+        return " and ".join(f"{side} {self.languages.codes[i]}" for side, i in direction.items())
 
     def adapted_linears(self):
         """Every :class:`LSLoLinear`, in the plan's order."""
         return [m for m in self.modules() if isinstance(m, LSLoLinear)]
+
+    def reset_masks(self):
+        """Frees every pruned entry of the adapters; it is zero and may grow again."""
+        for adapters in self._layer_adapters():
+            adapters.mask.fill_(True)
+            adapters.refresh_pruned()
+
+    def count_pruned(self):
+        """How many entries of the adapters are pruned, and how many there are."""
+        masks = [adapters.mask for adapters in self._layer_adapters()]
+        return sum(int((~mask).sum()) for mask in masks), sum(mask.numel() for mask in masks)
+
+    def _layer_adapters(self):
+        return [m for m in self.modules() if isinstance(m, LayerAdapters)]
 
     def source_shares(self):
         """p_src of every layer with learned weights (method, section 3); p_tgt is 1 − p_src.
@@ -207,31 +252,41 @@ class LSLoTransformerModel(TransformerModel):
     def upgrade_state_dict_named(self, state_dict, name):
         """Fits a checkpoint: fills in adapters that a base model lacks, matches embedding rows.
 
-        Only adapters may be missing, and only all of them together.
+        Only adapters may be missing, and only all of them together. What the checkpoint is, its
+        record tells, else its options where fairseq's trainer loads it from a file.
         """
         super().upgrade_state_dict_named(state_dict, name)
         own = self.state_dict()
         for key in [k for k in state_dict if k.rpartition(".")[2] in FUSED_COPIES]:
             del state_dict[key]
         state_dict.update({k: v for k, v in own.items() if k.endswith("._float_tensor")})
-        source, arch = "the checkpoint", None
+        rename_masks(state_dict)
         with one_line_errors():
-            if self.base is not None:
-                source, arch = self.base.path, self.base.arch
-                self._match_embeddings(own, state_dict)
-                self.base = None
+            found = self._identity_of(state_dict)
+            if found.adapters is not None:
+                found.check_adapters(self.identity.adapters)
+            if found.langs is not None or being_loaded.get() is not None:
+                self._match_embeddings(own, state_dict, found)
             if not any(is_adapter_key(key) for key in state_dict):
                 state_dict.update({k: v for k, v in own.items() if is_adapter_key(k)})
-            check_keys(own, state_dict, source, arch)
+            state_dict[RECORD] = own[RECORD]
+            check_keys(own, state_dict, found)
 
-    def _match_embeddings(self, own, state_dict):
+    def _identity_of(self, state_dict):
+        path, source = being_loaded.get(), "the checkpoint"
+        record = state_dict.get(RECORD)
+        if record is not None:
+            return Identity.from_record(record, path or source)
+        return Identity.from_options(path, read_args(path)) if path else Identity(source)
+
+    def _match_embeddings(self, own, state_dict, base):
         for key in EMBEDDINGS:
             stack = key.partition(".")[0]
             dictionary = getattr(self, stack).dictionary
             found = state_dict.get(key)
             if found is None or key not in own or found.size(1) != own[key].size(1):
                 continue
-            matched = match_rows(found.size(0), dictionary, self.base)
+            matched = match_rows(found.size(0), dictionary, base)
             if matched is not None:
                 state_dict[key] = take_rows(own[key], found, matched)
                 if stack == "encoder":

@@ -5,17 +5,16 @@ Language ids travel with the tensors they index: in ``net_input`` to the encoder
 the encoder output, and activation checkpointing hands each layer its own batch's again.
 """
 
-from contextlib import contextmanager
-
 from fairseq.models.transformer import TransformerDecoderBase, TransformerEncoderBase
 from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 
 from lslora_fairseq.lora.plan import SIDES
-from lslora_fairseq.lora.routing import Present, RouteSlot
+from lslora_fairseq.lora.routing import Present, routed
 from lslora_fairseq.models.layers import (
     LSLoTransformerDecoderLayer,
     LSLoTransformerEncoderLayer,
     keep_batch_first,
+    name_dropouts,
 )
 
 LANG_IDS = tuple(f"{side}_lang_ids" for side in SIDES)
@@ -29,7 +28,7 @@ class _RoutedStack:
     """
 
     def attach(self, layout, sites):
-        """Shares the model's stacking of languages and one route slot with all layers.
+        """Takes note of which languages the stack needs.
 
         Args:
             layout: the model's :class:`AdapterLayout`
@@ -39,9 +38,7 @@ class _RoutedStack:
         sides = [site.side for site in sites]
         self.sides = [side for side in SIDES if side in sides]
         self.sorted_side = max(SIDES, key=sides.count)
-        self.slot = RouteSlot()
-        for layer in self.layers:
-            layer.stack_slot = self.slot
+        name_dropouts(self, self.stock_name)
         if self.layer_norm is not None:
             keep_batch_first(self.layer_norm)
 
@@ -67,25 +64,35 @@ class _RoutedStack:
             side: Present(self.layout, ids[side]) for side in self.sides if ids[side] is not None
         }
 
-    @contextmanager
     def routed(self, ids, present, sorted_time=None):
-        """Layers called inside find the routes of these sentences.
+        """A context in which the stack's layers find the routes of these sentences.
 
         Args:
             ids: side -> (batch,) language indices or None
             present: side -> :class:`Present`, of which the ids are
             sorted_time: if the sentences are sorted by :meth:`order`, their number of tokens
         """
-        self.slot.routes = {
-            side: languages.sorted(ids[side], sorted_time)
-            if sorted_time and side == self.sorted_side
-            else languages.unsorted(ids[side])
-            for side, languages in present.items()
-        }
-        try:
-            yield
-        finally:
-            self.slot.routes = {}
+        return routed(
+            {
+                side: languages.sorted(ids[side], sorted_time)
+                if sorted_time and side == self.sorted_side
+                else languages.unsorted(ids[side])
+                for side, languages in present.items()
+            }
+        )
+
+
+def ignore_languages(model):
+    """Lets the encoder of a stock model take the languages of a batch, as it meets them beside a
+    model with adapters in an ensemble."""
+    stock = type(model.encoder)
+
+    class Ignoring(stock):
+        def forward(self, *args, source_lang_ids=None, target_lang_ids=None, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    Ignoring.__name__, Ignoring.__qualname__ = stock.__name__, stock.__qualname__
+    model.encoder.__class__ = Ignoring
 
 
 def _maybe_checkpointed(layer, cfg):
@@ -95,6 +102,7 @@ def _maybe_checkpointed(layer, cfg):
 
 
 class LSLoTransformerEncoder(_RoutedStack, TransformerEncoderBase):
+    stock_name = "TransformerEncoder"
     merged = {}  # side -> the language whose adapters were merged into the weights
 
     def build_encoder_layer(self, cfg):
@@ -124,8 +132,10 @@ class LSLoTransformerEncoder(_RoutedStack, TransformerEncoderBase):
 
         Raises:
             RuntimeError: other languages than those merged into the weights.
+            ValueError: not one index for each sentence, or an index of no language.
         """
         ids = dict(zip(SIDES, (source_lang_ids, target_lang_ids)))
+        _check_ids(ids, src_tokens.size(0))
         for side, language in self.merged.items():
             if ids[side] is not None and (ids[side] != language).any():
                 raise RuntimeError(
@@ -159,13 +169,46 @@ class LSLoTransformerEncoder(_RoutedStack, TransformerEncoderBase):
 
 
 class LSLoTransformerDecoder(_RoutedStack, TransformerDecoderBase):
+    stock_name = "TransformerDecoder"
+
     def build_decoder_layer(self, cfg, no_encoder_attn=False):
         return _maybe_checkpointed(LSLoTransformerDecoderLayer(cfg, no_encoder_attn), cfg)
 
-    def extract_features(
-        self, prev_output_tokens, encoder_out, incremental_state=None, *args, **kwargs
+    def forward(
+        self,
+        prev_output_tokens,
+        encoder_out=None,
+        incremental_state=None,
+        features_only=False,
+        full_context_alignment=False,
+        alignment_layer=None,
+        alignment_heads=None,
+        src_lengths=None,
+        return_all_hiddens=False,
     ):
-        """As fairseq's, but without the ``inner_states``."""
+        """As fairseq's; the ``inner_states`` are there if *return_all_hiddens* asks for them."""
+        x, extra = self.extract_features(
+            prev_output_tokens,
+            encoder_out,
+            incremental_state,
+            full_context_alignment,
+            alignment_layer,
+            alignment_heads,
+            return_all_hiddens=return_all_hiddens,
+        )
+        return x if features_only else self.output_layer(x), extra
+
+    def extract_features(
+        self,
+        prev_output_tokens,
+        encoder_out,
+        incremental_state=None,
+        *args,
+        return_all_hiddens=False,
+        **kwargs,
+    ):
+        """As fairseq's, but with ``inner_states``, (time, batch, channel) each, only on demand:
+        they are brought back into the caller's order."""
         ids = {
             side: encoder_out[key][0] if encoder_out[key] else None
             for key, side in zip(LANG_IDS, SIDES)
@@ -189,8 +232,11 @@ class LSLoTransformerDecoder(_RoutedStack, TransformerDecoderBase):
             features, extra = super().extract_features(
                 prev_output_tokens[there], encoder_out, None, *args, **kwargs
             )
-        attention = [None if a is None else a[back] for a in extra["attn"]]
-        return features.index_select(0, back), {"attn": attention, "inner_states": []}
+        states = extra["inner_states"] if return_all_hiddens else []
+        return features.index_select(0, back), {
+            "attn": [None if a is None else a[back] for a in extra["attn"]],
+            "inner_states": [_reorder(x, back) for x in states],
+        }
 
     def _kept_present(self, ids, incremental_state):
         """The languages of the batch's first step: later steps have no others, and what is
@@ -201,6 +247,16 @@ class LSLoTransformerDecoder(_RoutedStack, TransformerDecoderBase):
             for languages in present.values():
                 languages.stacks = {}
         return present
+
+
+def _check_ids(ids, batch):
+    """Raises ValueError unless there is one index for each sentence, on the sides that have any."""
+    for side, lang_ids in ids.items():
+        if lang_ids is not None and (lang_ids.shape != (batch,) or lang_ids.is_floating_point()):
+            raise ValueError(
+                f"{side}_lang_ids must hold one whole number for each of the {batch} sentences, "
+                f"found {lang_ids.dtype} of shape {tuple(lang_ids.shape)}"
+            )
 
 
 def _reorder(x, order):

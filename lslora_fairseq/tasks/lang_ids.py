@@ -1,9 +1,14 @@
-"""From the language tokens of a batch to the language of each sentence."""
+"""The language of each sentence: read from its tokens, or known for all of one direction.
+
+It goes into ``net_input`` where a batch is collated, in whatever process that happens, and stays
+with the sentences from there on.
+"""
 
 import torch
+from fairseq.data.iterators import EpochBatchIterator
 from fairseq.data.multilingual.multilingual_utils import get_lang_tok
 
-from lslora_fairseq.errors import ConfigError
+from lslora_fairseq.errors import ConfigError, one_line_errors
 
 
 def offered_sides(langtoks, replacing):
@@ -72,3 +77,74 @@ class LangtokIds:
                     "the language has no adapter"
                 )
         return ids
+
+
+class DirectionIds:
+    """The languages of sentences that all belong to one direction.
+
+    Args:
+        ids: side -> language index, for the sides whose language has adapters
+    """
+
+    def __init__(self, ids):
+        self.ids = ids
+
+    def __call__(self, net_input):
+        """As :class:`LangtokIds`."""
+        tokens = net_input["src_tokens"]
+        return {
+            f"{side}_lang_ids": tokens.new_full((tokens.size(0),), index)
+            for side, index in self.ids.items()
+        }
+
+
+class RoutedCollater:
+    """A dataset's collater that adds the language of each sentence to ``net_input``.
+
+    It takes the place of the method ``collater`` of a *dataset*, and goes with it to processes
+    that load data.
+
+    Args:
+        read_ids: a :class:`LangtokIds` or :class:`DirectionIds`
+    """
+
+    def __init__(self, dataset, read_ids):
+        self.dataset, self.read_ids = dataset, read_ids
+
+    def __call__(self, samples, **kwargs):
+        batch = type(self.dataset).collater(self.dataset, samples, **kwargs)
+        if batch:
+            batch["net_input"].update(self.read_ids(batch["net_input"]))
+        return batch
+
+
+def route(dataset, read_ids):
+    """Gives a dataset a :class:`RoutedCollater`; returns the dataset."""
+    dataset.collater = RoutedCollater(dataset, read_ids)
+    return dataset
+
+
+class OneLineBatchIterator(EpochBatchIterator):
+    """Ends the command with one line where collating a batch failed, in whatever thread or
+    process: errors of these reach the main thread here."""
+
+    def _get_iterator_for_epoch(self, *args, **kwargs):
+        itr = super()._get_iterator_for_epoch(*args, **kwargs)
+        if itr is not None:
+            itr._itr = _OneLine(itr._itr)
+        return itr
+
+
+class _OneLine:
+    def __init__(self, itr):
+        self._itr = itr
+
+    def __getattr__(self, name):  # such as take, which fairseq looks for
+        return getattr(self._itr, name)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        with one_line_errors():
+            return next(self._itr)

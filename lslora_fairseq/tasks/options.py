@@ -1,0 +1,220 @@
+"""Options of a command: checked before anything is built, and taken from the checkpoint that the
+command loads where they are left out."""
+
+import logging
+import os
+import re
+from argparse import Namespace
+
+from fairseq.checkpoint_utils import get_maybe_sharded_checkpoint_filename
+
+from lslora_fairseq.checkpoints import chosen_checkpoint, read_args
+from lslora_fairseq.config import LORA_FIELDS, LSLoConfig, PruningConfig
+from lslora_fairseq.errors import ConfigError, listed
+from lslora_fairseq.languages import Languages
+
+logger = logging.getLogger(__name__)
+
+# what decoding takes from the checkpoint unless the command line gives it
+TASK_FIELDS = (
+    "langs",
+    "lang_dict",
+    "lang_pairs",
+    "encoder_langtok",
+    "decoder_langtok",
+    "lang_tok_replacing_bos_eos",
+    "lang_tok_style",
+    "langtoks_specs",
+    "langtoks",
+)
+# what may change from one run to the next on the same adapters
+FREE_FIELDS = ("lora_dropout",)
+DEFAULT_RESTORE_FILE = "checkpoint_last.pt"
+
+
+def check_pairs(args):
+    """Every direction can be read, and consists of known languages."""
+    if args.source_lang is not None and args.target_lang is not None:
+        pairs = [(args.source_lang, args.target_lang)]
+    else:
+        pairs = args.lang_pairs or []
+        pairs = [p.split("-") for p in (pairs.split(",") if isinstance(pairs, str) else pairs)]
+    for pair in pairs:
+        if len(pair) != 2 or not all(pair):
+            raise ConfigError(
+                f"--lang-pairs: cannot read {'-'.join(pair)!r}: write source-target, with codes "
+                "that hold no hyphen"
+            )
+        unknown = [code for code in pair if args.langs and code not in args.langs]
+        if unknown:
+            raise ConfigError(
+                f"{'-'.join(pair)}: {unknown[0]} is absent from --langs "
+                f"({listed(args.langs, ',')}): choose one of these, or train with it in --langs"
+            )
+
+
+def check_optimizer(args):
+    """Pruning options are checked before the model is built."""
+    if not args.optimizer.startswith("pruned_"):
+        logger.warning(
+            "--optimizer %s moves languages that have no sentence in an update, by momentum and "
+            "weight decay, and does not prune: use pruned_%s (with --pruning-final-sparsity 0 "
+            "for no pruning)",
+            args.optimizer,
+            args.optimizer,
+        )
+        return
+    config = PruningConfig.from_namespace(args)
+    config.validated()
+    warning = config.warning(getattr(args, "max_epoch", 0), getattr(args, "max_update", 0))
+    if warning:
+        logger.warning(warning)
+
+
+def chosen_start(args):
+    """The checkpoint that training starts from.
+
+    Returns:
+        its path, or None without one; whether training starts afresh from it, with a new optimizer
+
+    Raises:
+        ConfigError: options that exclude each other, or a named file that is not there: without a
+            file, fairseq would start from random weights.
+    """
+    base = getattr(args, "finetune_from_model", None)
+    if base:
+        names = ("reset_optimizer", "reset_lr_scheduler", "reset_meters", "reset_dataloader")
+        refused = [name for name in names if getattr(args, name, False)]
+        if args.restore_file != DEFAULT_RESTORE_FILE:
+            refused.append("restore_file")
+        if refused:
+            option = f"--{refused[0].replace('_', '-')}"
+            raise ConfigError(
+                f"--finetune-from-model and {option} exclude each other: leave out "
+                f"--finetune-from-model to resume a run, or {option} to start from the base model"
+            )
+    try:
+        path, is_fresh = chosen_checkpoint(args)
+    except ValueError:
+        raise ConfigError(
+            f"--finetune-from-model {base}: no such file: name the base model's checkpoint"
+        ) from None
+    if os.path.isfile(path):
+        return path, is_fresh
+    is_default = args.restore_file == DEFAULT_RESTORE_FILE
+    if not is_default or path == getattr(args, "continue_once", None):
+        option = "--continue-once" if is_default else "--restore-file"
+        raise ConfigError(
+            f"{option} {path}: no such file, and nothing to train from: name a checkpoint of this "
+            "package, or the base model with --finetune-from-model"
+        )
+    return None, True
+
+
+def restore_task_options(args):
+    """Takes languages and language tokens from the (first) checkpoint to decode with.
+
+    What the command line says must agree; for a checkpoint of stock fairseq its word is taken.
+    """
+    path = (getattr(args, "path", None) or "").split(os.pathsep)[0]
+    if not path or "://" in path:
+        return
+    suffix, shards = (getattr(args, f"checkpoint_{n}", None) for n in ("suffix", "shard_count"))
+    path = get_maybe_sharded_checkpoint_filename(path, suffix or "", 0, shards or 1)
+    if not os.path.isfile(path):
+        raise ConfigError(f"--path {path}: no such file: name the checkpoint to decode with")
+    saved = read_args(path)
+    given = args.langs or args.lang_dict or args.encoder_langtok or args.decoder_langtok
+    if saved.get("lora_tiers") is None and given:
+        return
+    for name in ("langs", "encoder_langtok"):
+        value, trained = getattr(args, name), saved.get(name)
+        if value and trained and value != trained:
+            here, there = _from_first_difference(value, trained)
+            raise ConfigError(
+                f"--{name.replace('_', '-')} {here} differs from {there}, with which {path} was "
+                "trained: leave the option out"
+            )
+    for name in TASK_FIELDS:
+        if saved.get(name) is not None and not (name == "lang_dict" and args.lang_dict):
+            setattr(args, name, saved[name])
+
+
+def _from_first_difference(*values):
+    """Two values of an option for a message, long lists from where they differ."""
+    texts = [",".join(v) if isinstance(v, list) else str(v) for v in values]
+    parts = [re.split("(?<=[,;])", text) for text in texts]
+    start = len(os.path.commonprefix(parts))
+    return [listed(part, "", start) for part in parts]
+
+
+def check_continued(args, path, saved, langs):
+    """A run that goes on keeps its optimizer and the order of its languages.
+
+    Args:
+        args: the options of this run
+        path: the checkpoint
+        saved: the options that it was trained with
+        langs: the languages of this run, in the order of their tokens
+
+    Raises:
+        ConfigError: this run has another optimizer, or its languages in another order.
+    """
+    trained, ours = saved.get("optimizer"), getattr(args, "optimizer", None)
+    if trained and ours and ours != trained:
+        raise ConfigError(
+            f"{path} was trained with --optimizer {trained}, this run has {ours}: resume with the "
+            "old one, or add --reset-optimizer (and leave out --finetune-from-model)"
+        )
+    if saved.get("lora_tiers") is not None and list(saved.get("langs") or langs) != list(langs):
+        there, here = _from_first_difference(saved["langs"], list(langs))
+        raise ConfigError(
+            f"{path} was trained with --langs {there}, this run has {here}: the order numbers the "
+            "language tokens; resume with the old one"
+        )
+
+
+def restore_lora_options(args, path, saved):
+    """Takes what defines the adapters from the checkpoint that training starts from, and refuses
+    other values; a stock checkpoint defines none.
+
+    Args:
+        args: the options of this run, changed in place
+        path: the checkpoint
+        saved: the options that it was trained with
+
+    Raises:
+        ConfigError: this run has other options.
+    """
+    if saved.get("lora_tiers") is None:
+        return
+    languages = Languages.parse(saved["lora_tiers"])
+    given = Namespace(**{n: getattr(args, n) for n in LORA_FIELDS if hasattr(args, n)})
+    for name in LORA_FIELDS:
+        trained = saved.get(name, getattr(LSLoConfig, name))  # older than the option
+        value = getattr(given, name, None)
+        is_given = value is not None and value is not False  # the doctor's parser: not given
+        if is_given and name in FREE_FIELDS:
+            continue
+        if is_given and not _same(name, value, trained, languages):
+            here, there = _from_first_difference(value, trained)
+            raise ConfigError(
+                f"--{name.replace('_', '-')} {here} differs from {there} of {path}, which "
+                "this run starts from: leave the option out, or start from another checkpoint"
+            )
+        setattr(args, name, trained)
+
+
+def _same(name, value, saved, languages):
+    """Whether two texts of an option mean the same for these languages."""
+    if name == "lora_tiers":  # a file and its text may spell the same inventory
+        here = Languages.parse(value)
+        return {c: here.tier(c) for c in here.codes} == {
+            c: languages.tier(c) for c in languages.codes
+        }
+    if name in ("lora_rank", "lora_alpha") and saved is not None:
+        option = f"--{name.replace('_', '-')}"
+        return len({languages.per_language(v, option, float) for v in (value, saved)}) == 1
+    if name.endswith("_target_modules"):
+        return {v.strip() for v in value.split(",")} == {v.strip() for v in saved.split(",")}
+    return str(value) == str(saved)
