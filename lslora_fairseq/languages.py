@@ -5,6 +5,7 @@ loads its checkpoint, derives the same order from the same set of codes.
 """
 
 import os
+import re
 from collections import Counter
 
 from lslora_fairseq.errors import ConfigError, listed
@@ -33,6 +34,13 @@ class Languages:
                 f"--lora-tiers: {dotted[0]} holds a dot, which separates the parts of a "
                 "parameter's name: rename the language"
             )
+        for kind, names in (("language", tier_of), ("tier", tier_of.values())):
+            for name in names:
+                if not name or re.search(r"[=;,\s]", name):
+                    raise ConfigError(
+                        f"--lora-tiers: the {kind} {name!r} holds '=', ';', ',' or a blank, which "
+                        "separate languages and tiers in a checkpoint: rename it"
+                    )
         both = sorted(set(tier_of) & set(tier_of.values()))
         if both:
             raise ConfigError(

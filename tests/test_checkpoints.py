@@ -3,24 +3,25 @@
 import argparse
 import errno
 import logging
-import os
 import re
 from argparse import Namespace
 
 import pytest
 import torch
-from fairseq import checkpoint_utils
+from fairseq import checkpoint_utils, options
 from fairseq.distributed import utils as distributed_utils
 from fairseq.file_io import PathManager
+from fairseq.trainer import Trainer
 from omegaconf import OmegaConf
 
 import lslora_fairseq  # noqa: F401  puts the functions below into fairseq
 from lslora_fairseq.checkpoints import (
+    chosen_checkpoint,
     copy_checkpoints_atomically,
     read_args,
     receive_checkpoints_from_own_processes,
     report_unwritable_save_dir,
-    resumed_checkpoint,
+    tell_what_is_loaded,
 )
 from lslora_fairseq.errors import ConfigError, UserError
 
@@ -111,26 +112,39 @@ def test_an_object_that_the_safe_loader_refuses_is_named_with_the_way_out(tmp_pa
     assert read_args(path) == {}
 
 
-def test_resumed_checkpoint(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "words, found, chosen",
+    [
+        ("", "", ("run/checkpoint_last.pt", False)),
+        ("--finetune-from-model base.pt", "base.pt", ("base.pt", True)),
+        (
+            "--finetune-from-model base.pt",
+            "run/checkpoint_last.pt",
+            ("run/checkpoint_last.pt", False),
+        ),
+        ("--finetune-from-model base.pt --checkpoint-suffix _x", "base.pt", ("base.pt", True)),
+        (
+            "--finetune-from-model base.pt --checkpoint-suffix _x",
+            "run/checkpoint_last_x.pt",
+            ("run/checkpoint_last_x.pt", False),
+        ),
+        ("--continue-once a.pt --finetune-from-model base.pt", "a.pt", ("a.pt", False)),
+        ("--continue-once a.pt", "run/checkpoint_last.pt", ("run/checkpoint_last.pt", False)),
+        ("--restore-file a.pt", "a.pt run/checkpoint_last.pt", ("a.pt", False)),
+        ("--restore-file a.pt --reset-optimizer", "a.pt", ("a.pt", True)),
+        ("--restore-file a.pt --checkpoint-suffix _x", "a.pt", ("a_x.pt", False)),
+    ],
+)
+def test_the_checkpoint_that_fairseq_chooses(tmp_path, monkeypatch, caplog, words, found, chosen):
     monkeypatch.chdir(tmp_path)
-    run, other = tmp_path / "run", tmp_path / "other.pt"
-    run.mkdir()
-    args = Namespace(save_dir=str(run), restore_file="checkpoint_last.pt")
-    assert resumed_checkpoint(args) is None
-    assert resumed_checkpoint(Namespace()) is None
-    last = run / "checkpoint_last.pt"
-    last.touch()
-    assert resumed_checkpoint(args) == str(last)
-    assert resumed_checkpoint(Namespace(save_dir=str(run))) == str(last)
-    # a file of another name is taken as it is
-    args.restore_file = str(other)
-    assert resumed_checkpoint(args) is None
-    other.touch()
-    assert resumed_checkpoint(args) == str(other)
-    # fairseq's default folder
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "checkpoint_last.pt").touch()
-    assert resumed_checkpoint(Namespace()) == os.path.join("checkpoints", "checkpoint_last.pt")
+    (tmp_path / "run").mkdir()
+    for name in found.split():
+        (tmp_path / name).touch()
+    parser = options.get_training_parser()
+    args = parser.parse_known_args(["data", "--save-dir", "run", *words.split()])[0]
+    with caplog.at_level("INFO"):
+        assert chosen_checkpoint(args) == chosen
+    assert not caplog.records  # nothing is loaded yet
 
 
 def test_installing_twice_wraps_once():
@@ -140,12 +154,14 @@ def test_installing_twice_wraps_once():
             PathManager.copy,
             checkpoint_utils.verify_checkpoint_directory,
             checkpoint_utils.save_checkpoint,
+            Trainer.load_checkpoint,
         )
 
     before = functions()
     receive_checkpoints_from_own_processes()
     copy_checkpoints_atomically()
     report_unwritable_save_dir()
+    tell_what_is_loaded()
     assert functions() == before
 
 

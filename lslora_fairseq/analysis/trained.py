@@ -107,7 +107,7 @@ def _check_fit(path, weights, plan):
     expected = {}
     for key, sites in _by_adapters(plan).items():
         features = sum(site.in_features + site.out_features for site in sites)
-        expected[f"{key}.mask"] = sum(plan.ranks), features
+        expected[f"{key}.pruned"] = sum(plan.ranks), features
         for code, rank in zip(plan.languages.codes, plan.ranks):
             expected[f"{key}.lora_{code}"] = rank, features
         if plan.weight_learning:

@@ -10,7 +10,7 @@ from lslora_fairseq.doctor import memory, model, unknown
 from lslora_fairseq.doctor.report import ERROR, OK, WARNING, Line
 from lslora_fairseq.errors import ConfigError, listed
 from lslora_fairseq.models.loading import SPECIALS, match_rows
-from lslora_fairseq.tasks.translation_multi_lslora import restore_lora_options
+from lslora_fairseq.tasks.options import check_continued
 
 TIGHT = 0.8  # share of the free memory from which on an estimate is a warning: it is a rough one
 
@@ -87,7 +87,7 @@ def check_order(inputs):
             )
         ]
     if checkpoint.has_adapters:
-        restore_lora_options(Namespace(), checkpoint.path, checkpoint.options, langs)
+        check_continued(Namespace(), checkpoint.path, checkpoint.options, langs)
     if not inputs.args.langs:
         found = f"{listed(langs, ',')}, taken from the checkpoint"
         return [Line(OK, name, found, values={"langs": list(langs)})]

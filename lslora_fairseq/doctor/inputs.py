@@ -13,8 +13,8 @@ from lslora_fairseq.checkpoints import read_checkpoint
 from lslora_fairseq.config import LORA_FIELDS
 from lslora_fairseq.doctor import model
 from lslora_fairseq.errors import ConfigError
+from lslora_fairseq.identity import Identity
 from lslora_fairseq.languages import Languages
-from lslora_fairseq.models.loading import BaseModel
 from lslora_fairseq.tasks.translation_multi_lslora import TranslationMultiLSLoTask
 
 DATA_FILE = re.compile(r"([^.]+)\.([^.-]+)-([^.-]+)\.([^.]+)\.idx")
@@ -54,7 +54,7 @@ class Checkpoint:
     path: str
     options: dict
     weights: dict
-    base: BaseModel
+    base: Identity
 
     @property
     def has_adapters(self):
@@ -92,7 +92,7 @@ class Inputs:
             raise ConfigError(
                 f"--checkpoint {path} holds no {EMBEDDING}: name one of a fairseq transformer"
             )
-        return Checkpoint(path, options, weights, BaseModel.from_args(path, options))
+        return Checkpoint(path, options, weights, Identity.from_options(path, options))
 
     @cached_property
     def folders(self):

@@ -11,9 +11,10 @@ from fairseq.models import ARCH_CONFIG_REGISTRY
 from lslora_fairseq import unsupported
 from lslora_fairseq.doctor.memory import Shape
 from lslora_fairseq.errors import ConfigError, UserError
+from lslora_fairseq.identity import RECORD
 from lslora_fairseq.models.loading import EMBEDDINGS
 from lslora_fairseq.models.lslora_transformer import LSLoTransformerModel
-from lslora_fairseq.tasks.translation_multi_lslora import restore_lora_options
+from lslora_fairseq.tasks.options import restore_lora_options
 
 # What a base model was trained with need not be what it is fine-tuned with.
 NOT_TAKEN_OVER = {
@@ -57,7 +58,7 @@ def _options(inputs):
     saved = checkpoint.options if checkpoint else {}
     options = Namespace(**vars(inputs.lora_options))
     if checkpoint and checkpoint.has_adapters:
-        restore_lora_options(options, checkpoint.path, saved, inputs.langs)
+        restore_lora_options(options, checkpoint.path, saved)
     if not arch:
         sizes = {**saved, **NOT_TAKEN_OVER, **vars(options)}
         options = Namespace(**sizes)
@@ -82,6 +83,7 @@ def check_fit(model, checkpoint):
     """
     own = model.state_dict()
     weights = dict(checkpoint.weights)
+    weights.pop(RECORD, None)  # its languages are another check's
     for key in EMBEDDINGS:
         if key in own and key in weights and own[key].size(1) == weights[key].size(1):
             weights[key] = own[key]

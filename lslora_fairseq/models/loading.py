@@ -110,4 +110,6 @@ def check_keys(own, found, source):
         known = f" ({source.arch})" if source.arch else ""
         cause = f"choose the --arch and sizes of the checkpoint{known}"
     more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-    raise ConfigError(f"{source.path} does not fit this model: {'; '.join(problems[:3])}{more}: {cause}")
+    raise ConfigError(
+        f"{source.path} does not fit this model: {'; '.join(problems[:3])}{more}: {cause}"
+    )

@@ -180,6 +180,7 @@ class LSLoTransformerModel(TransformerModel):
             names = ("source_adapters", "target_adapters", "side_weights")
             for layer, name in itertools.product(stack.layers, names):
                 layer._modules.pop(name, None)
+        del self._buffers[RECORD]  # from here on a plain transformer
         self.encoder.merged = needed
 
     def _named(self, direction):

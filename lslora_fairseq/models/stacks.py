@@ -85,6 +85,8 @@ class _RoutedStack:
 def ignore_languages(model):
     """Lets the encoder of a stock model take the languages of a batch, as it meets them beside a
     model with adapters in an ensemble."""
+    if not hasattr(model, "encoder"):
+        return
     stock = type(model.encoder)
 
     class Ignoring(stock):

@@ -27,7 +27,7 @@ TASK_FIELDS = (
     "langtoks_specs",
     "langtoks",
 )
-# what may change from one run to the next on the same adapters
+# what may change from one stage to the next on the same adapters
 FREE_FIELDS = ("lora_dropout",)
 DEFAULT_RESTORE_FILE = "checkpoint_last.pt"
 
@@ -174,7 +174,7 @@ def check_continued(args, path, saved, langs):
         )
 
 
-def restore_lora_options(args, path, saved):
+def restore_lora_options(args, path, saved, is_fresh=False):
     """Takes what defines the adapters from the checkpoint that training starts from, and refuses
     other values; a stock checkpoint defines none.
 
@@ -182,6 +182,7 @@ def restore_lora_options(args, path, saved):
         args: the options of this run, changed in place
         path: the checkpoint
         saved: the options that it was trained with
+        is_fresh: training starts afresh from it, as a further stage, and does not go on
 
     Raises:
         ConfigError: this run has other options.
@@ -194,13 +195,14 @@ def restore_lora_options(args, path, saved):
         trained = saved.get(name, getattr(LSLoConfig, name))  # older than the option
         value = getattr(given, name, None)
         is_given = value is not None and value is not False  # the doctor's parser: not given
-        if is_given and name in FREE_FIELDS:
+        if is_given and is_fresh and name in FREE_FIELDS:
             continue
         if is_given and not _same(name, value, trained, languages):
             here, there = _from_first_difference(value, trained)
             raise ConfigError(
                 f"--{name.replace('_', '-')} {here} differs from {there} of {path}, which "
-                "this run starts from: leave the option out, or start from another checkpoint"
+                f"this run {'starts from' if is_fresh else 'resumes'}: leave the option out, or "
+                f"choose another {'checkpoint' if is_fresh else '--save-dir'}"
             )
         setattr(args, name, trained)
 

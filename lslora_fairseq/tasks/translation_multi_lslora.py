@@ -53,7 +53,9 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
     def setup_task(cls, args, **kwargs):
         with one_line_errors(ValueError):
             has_direction = args.source_lang is not None and args.target_lang is not None
-            if getattr(args, "path", None) and not (has_direction or hasattr(args, "optimizer")):
+            # validation has the options of the training run, and takes all of its directions
+            decodes = getattr(args, "path", None) and not getattr(args, "optimizer", None)
+            if decodes and not has_direction:
                 raise ConfigError("decoding needs both languages of a direction: give -s and -t")
             options.restore_task_options(args)
             options.check_pairs(args)
@@ -92,7 +94,7 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
         saved = read_args(path)
         if not is_fresh:
             options.check_continued(args, path, saved, self.langs)
-        options.restore_lora_options(args, path, saved)
+        options.restore_lora_options(args, path, saved, is_fresh)
 
     def _check_languages(self, model, from_checkpoint):
         """Every language of the data has an adapter, every adapter a language token."""

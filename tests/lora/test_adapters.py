@@ -26,7 +26,7 @@ def test_a_language_has_one_parameter_with_a_and_b_side_by_side():
         "self_attn.q_proj": (slice(0, 4), slice(13, 16)),
         "fc1": (slice(4, 13), slice(16, 18)),
     }
-    assert set(adapters.state_dict()) == {*(f"lora_{c}" for c in CODES), "mask"}
+    assert set(adapters.state_dict()) == {*(f"lora_{c}" for c in CODES), "pruned"}
 
 
 def test_a_is_kaiming_and_b_zero():

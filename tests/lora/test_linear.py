@@ -1,5 +1,7 @@
 """LSLoLinear: the formula, its gradients, shapes, dropout, precision."""
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 from torch import nn
@@ -8,7 +10,7 @@ from lslora_fairseq.lora import routing
 from lslora_fairseq.lora.adapters import LayerAdapters
 from lslora_fairseq.lora.linear import LSLoLinear, apply_linears
 from lslora_fairseq.lora.plan import Site
-from lslora_fairseq.lora.routing import AdapterLayout, Present, RouteSlot
+from lslora_fairseq.lora.routing import AdapterLayout, Present, current_pass, routed
 
 RANKS = (1, 3, 2)
 CODES = ("de", "en", "fr")
@@ -22,6 +24,20 @@ def block_rank(request, monkeypatch):
     sorted, in one block or with gathered rows."""
     monkeypatch.setattr(routing, "BLOCK_RANK", request.param)
     monkeypatch.setattr(routing, "UNSORTED_RANK", request.param)
+
+
+PASSES = ExitStack()
+
+
+def enter(routes):
+    """From here to the end of the test, linears find these routes."""
+    PASSES.enter_context(routed(routes))
+
+
+@pytest.fixture(autouse=True)
+def passes_end():
+    yield
+    PASSES.pop_all().close()
 
 
 def route(layout, ids):
@@ -44,16 +60,13 @@ def make(
     sites = [site("fc1", site_in or n_in, site_out or n_out)]
     sites += [site("fc2", n_in, n_more)] if n_more else []
     layout = AdapterLayout(RANKS, alphas)
-    slot = RouteSlot()
-    slot.fill({"source": route(layout, ids)})
+    enter({"source": route(layout, ids)})
     adapters = LayerAdapters(sites, CODES, RANKS, torch.zeros(1))
     with torch.no_grad():
         for param in adapters.parameters():
             param[:, adapters.width_A :].normal_()
     linears = [
-        LSLoLinear(
-            nn.Linear(n_in, size, bias=bias), where, {"source": adapters}, layout, slot, **kwargs
-        )
+        LSLoLinear(nn.Linear(n_in, size, bias=bias), where, {"source": adapters}, layout, **kwargs)
         for where, size in zip(sites, (n_out, n_more))
     ]
     return linears if n_more else linears[0]
@@ -131,8 +144,8 @@ def test_gradcheck(ids, site_in, site_out):
     x = torch.randn(3, 4, 6, dtype=torch.double, requires_grad=True)
 
     def function(x, *adapters):
-        linear.slot.fill(routes)
-        return linear(x)
+        with routed(routes):
+            return linear(x)
 
     assert torch.autograd.gradcheck(function, (x, *parameters(linear)))
 
@@ -195,7 +208,7 @@ def test_autocast_computes_in_half_and_keeps_fp32_gradients(dtype):
     exact = [p.grad for p in parameters(linear)]
     for param in parameters(linear):
         param.grad = None
-    linear.slot.fill(linear.slot.routes)
+    enter(current_pass().routes)
     with torch.autocast("cpu", dtype):
         y = linear(x)
     assert y.dtype == dtype
@@ -236,7 +249,7 @@ def test_outputs_are_contiguous_batch_first():
 
 def test_missing_languages_are_an_error():
     linear = make([0])
-    linear.slot.fill({})
+    enter({})
     with pytest.raises(RuntimeError, match="source_lang_ids"):
         linear(torch.randn(2, 1, 6))
 

@@ -1,10 +1,19 @@
 """How the languages of a batch are stacked, and the rows and scaling of each sentence."""
 
+from threading import Thread
+
 import pytest
 import torch
 
 from lslora_fairseq.lora import routing
-from lslora_fairseq.lora.routing import AdapterLayout, Block, Present, Route, RouteSlot
+from lslora_fairseq.lora.routing import (
+    AdapterLayout,
+    Block,
+    Present,
+    Route,
+    current_pass,
+    routed,
+)
 
 LAYOUT = AdapterLayout((1, 3, 2, 1), (1, 6, 1, 1))  # de en fr ja
 
@@ -114,10 +123,21 @@ def test_the_layout_follows_the_model_and_stays_out_of_checkpoints():
     assert AdapterLayout((1, 2), (1, 2)).half().scaling.dtype == torch.half
 
 
-def test_a_slot_that_is_filled_again_forgets_its_stacks():
-    first, second = RouteSlot(), RouteSlot()
-    first.fill({"source": "here"})
-    first.stacks["layer"] = "stack"
-    assert second.routes == second.stacks == {}
-    first.fill({})
-    assert first.routes == first.stacks == {}
+def test_routes_end_with_the_pass_and_are_seen_by_its_thread_alone():
+    seen = []
+    with routed({"source": "outer"}):
+        current_pass().stacks["layer"] = "stack"
+        with pytest.raises(KeyError), routed({"source": "inner"}):
+            assert current_pass() == ({"source": "inner"}, {})
+            thread = Thread(target=lambda: seen.append(current_pass()))
+            thread.start()
+            thread.join()
+            raise KeyError  # as when a forward pass fails
+        assert current_pass() == ({"source": "outer"}, {"layer": "stack"})
+    assert seen == [({}, {})] and current_pass() == ({}, {})
+
+
+@pytest.mark.parametrize("ids, told", [([0, -1], "-1, 0"), ([2, 1], "1, 2")])
+def test_an_index_of_no_language_is_an_error(ids, told):
+    with pytest.raises(ValueError, match=f"language indices {told}: the model has adapters of 2"):
+        Present(AdapterLayout((1, 2), (1, 2)), torch.tensor(ids))

@@ -8,13 +8,8 @@ from fairseq.data import Dictionary
 from fairseq.data.multilingual.multilingual_utils import augment_dictionary
 
 from lslora_fairseq.errors import ConfigError
-from lslora_fairseq.models.loading import (
-    BaseModel,
-    check_keys,
-    is_adapter_key,
-    match_rows,
-    take_rows,
-)
+from lslora_fairseq.identity import Identity
+from lslora_fairseq.models.loading import check_keys, is_adapter_key, match_rows, take_rows
 
 SPECIALS = ["<s>", "<pad>", "</s>", "<unk>"]
 
@@ -30,7 +25,7 @@ def dictionary(langs, lines=("a", "b"), style="multilingual"):
 
 
 def base(langs, style="multilingual"):
-    return BaseModel("base.pt", "transformer", langs, style)
+    return Identity("base.pt", "transformer", langs, style)
 
 
 @pytest.mark.parametrize(
@@ -46,12 +41,12 @@ def base(langs, style="multilingual"):
     ],
 )
 def test_what_a_checkpoint_tells_of_its_languages(args, langs, style):
-    found = BaseModel.from_args("base.pt", {"arch": "transformer", **args})
-    assert found == BaseModel("base.pt", "transformer", langs, style)
+    found = Identity.from_options("base.pt", {"arch": "transformer", **args})
+    assert found == Identity("base.pt", "transformer", langs, style)
 
 
 def test_the_architecture_may_be_unknown():
-    assert BaseModel.from_args("base.pt", {}) == BaseModel("base.pt")
+    assert Identity.from_options("base.pt", {}) == Identity("base.pt")
 
 
 @pytest.mark.parametrize("style", ["multilingual", "mbart"])
@@ -173,7 +168,9 @@ def test_take_rows_keeps_the_precision_of_the_base():
     "key, expected",
     [
         ("encoder.layers.0.source_adapters.lora_en", True),
-        ("decoder.layers.1.target_adapters.mask", True),
+        ("decoder.layers.1.target_adapters.pruned", True),
+        ("lslora_record", True),
+        ("encoder.lslora_record", False),
         ("target_adapters.lora_zh-Hans", True),
         ("encoder.xsource_adapters.lora_en", False),
         ("encoder.source_adapters.0.weight", False),
@@ -190,7 +187,7 @@ def state(**shapes):
 
 
 def test_fitting_keys_pass():
-    check_keys(state(fc1__weight=(2, 3)), state(fc1__weight=(2, 3)), "base.pt", None)
+    check_keys(state(fc1__weight=(2, 3)), state(fc1__weight=(2, 3)), Identity("base.pt"))
 
 
 def test_keys_that_do_not_fit_are_listed_with_the_remedy():
@@ -201,9 +198,9 @@ def test_keys_that_do_not_fit_are_listed_with_the_remedy():
         "checkpoint, (2,) here and 1 more: choose the --arch and sizes of the checkpoint (big)"
     )
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
-        check_keys(own, found, "base.pt", "big")
+        check_keys(own, found, Identity("base.pt", "big"))
     with pytest.raises(ConfigError, match="a: missing: choose the --arch and sizes of the check"):
-        check_keys(state(a=(1,)), {}, "base.pt", None)
+        check_keys(state(a=(1,)), {}, Identity("base.pt"))
 
 
 def test_adapters_that_do_not_fit_have_a_remedy_of_their_own():
@@ -216,4 +213,4 @@ def test_adapters_that_do_not_fit_have_a_remedy_of_their_own():
         "sides it was trained with, or none of them"
     )
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
-        check_keys(own, found, "the checkpoint", "big")
+        check_keys(own, found, Identity(arch="big"))

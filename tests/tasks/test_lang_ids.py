@@ -9,7 +9,7 @@ from fairseq.data.multilingual.multilingual_utils import augment_dictionary
 
 from lslora_fairseq.errors import ConfigError
 from lslora_fairseq.languages import Languages
-from lslora_fairseq.tasks.langtok_ids import LangtokIds, offered_sides
+from lslora_fairseq.tasks.lang_ids import LangtokIds, offered_sides
 
 LANGUAGES = Languages.parse("high=en,de;low=fr")  # de 0, en 1, fr 2
 PAD, EOS, WORD = 1, 2, 4
