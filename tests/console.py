@@ -83,10 +83,11 @@ def adapters_in(model):
         dict of (layer, language) -> (A, B, mask of A, mask of B), each (rank, columns)
     """
     found = {}
-    for key, mask in model.items():
+    for key, pruned in model.items():
         layer, _, name = key.rpartition(".")
-        if name != "mask":
+        if name != "pruned":
             continue
+        mask = pruned == 0
         weights = {k: v for k, v in model.items() if k.startswith(f"{layer}.lora_")}
         masks = mask.split([w.size(0) for w in weights.values()])
         for (key, weight), rows in zip(weights.items(), masks):

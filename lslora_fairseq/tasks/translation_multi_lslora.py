@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from lslora_fairseq.checkpoints import read_args
 from lslora_fairseq.errors import ConfigError, listed, one_line_errors
+from lslora_fairseq.identity import Identity
 from lslora_fairseq.lora.plan import SIDES
 from lslora_fairseq.models.stacks import LANG_IDS, ignore_languages
 from lslora_fairseq.optim.pruned import PrunedOptimizer
@@ -76,8 +77,21 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
                 self._check_languages(model, from_checkpoint)
                 self._read_ids = self._id_reader(model)
             else:  # a stock model: nothing to route
+                if from_checkpoint:
+                    self._check_tokens(args)
                 ignore_languages(model)
         return model
+
+    def _check_tokens(self, args):
+        """A stock model decodes with this run's numbers of the language tokens, so it must have
+        been trained with them; one with adapters is matched when its weights come."""
+        trained = Identity.from_options("", vars(args)).langs
+        if trained is not None and trained != list(self.langs):
+            raise ConfigError(
+                f"a stock model was trained with --langs {listed(trained, ',')}, here they are "
+                f"{listed(self.langs, ',')}: the order numbers the language tokens; give it as the "
+                "model has it, and do not join it to models of another order"
+            )
 
     def _prepare_training(self, args):
         """Checks what training needs; the options of the adapters follow the checkpoint."""
