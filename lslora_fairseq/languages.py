@@ -36,10 +36,10 @@ class Languages:
             )
         for kind, names in (("language", tier_of), ("tier", tier_of.values())):
             for name in names:
-                if not name or re.search(r"[=;,\s]", name):
+                if not name or re.search("[=;,]", name):
                     raise ConfigError(
-                        f"--lora-tiers: the {kind} {name!r} holds '=', ';', ',' or a blank, which "
-                        "separate languages and tiers in a checkpoint: rename it"
+                        f"--lora-tiers: the {kind} {name!r} is empty or holds '=', ';' or ',', "
+                        "which separate languages and tiers in a checkpoint: rename it"
                     )
         both = sorted(set(tier_of) & set(tier_of.values()))
         if both:

@@ -57,6 +57,23 @@ def test_a_tsv_may_have_a_bom_comments_empty_lines_and_other_line_ends(tmp_path)
 @pytest.mark.parametrize(
     "content, message",
     [
+        ("de\tmid=2", "the tier 'mid=2' is empty or holds '=', ';' or ','"),
+        ("de\thigh;low", "the tier 'high;low' is"),
+        ("de,en\thigh", "the language 'de,en' is"),
+        ("de\t", "expected code<TAB>tier"),
+    ],
+)
+def test_what_would_read_back_as_something_else_is_refused(tmp_path, content, message):
+    """A checkpoint holds the inventory as text; a file is split at tabs alone."""
+    path = tmp_path / "tiers.tsv"
+    path.write_text(f"fr\tlow\n{content}\n")
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        Languages.parse(str(path))
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
         (b"en\thigh\nde high\n", "line 2: expected code<TAB>tier, found 'de high': write one"),
         (b"# tiers\n\nen\thigh\tx\n", "line 3: expected code<TAB>tier"),
         (b"en\n", "line 1: expected code<TAB>tier"),
