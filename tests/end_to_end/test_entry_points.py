@@ -122,9 +122,9 @@ def test_scores_are_those_of_fairseq_generate(corpus, tuned):
 def test_a_merged_model_refuses_another_direction(corpus, tuned):
     model, cfg, task = load(corpus, tuned, source_lang="en", target_lang="de")
     model.prepare_for_inference_(cfg)
-    direct(task, "en-fr")
+    direct(task, "de-en")
     with pytest.raises(RuntimeError, match="merged into the weights.*load the checkpoint anew"):
-        decode(model, cfg, task, dataset(corpus, task, "en-fr"))
+        decode(model, cfg, task, dataset(corpus, task, "de-en"))
 
 
 def test_a_direction_that_nothing_tells_is_an_error(corpus, tuned):
@@ -210,7 +210,7 @@ SPAWNING = """
 import multiprocessing, sys
 from fairseq_cli.train import cli_main
 if __name__ == "__main__":
-    multiprocessing.set_start_method("spawn")
+    multiprocessing.set_start_method("spawn", force=True)
     cli_main()
 """
 
