@@ -92,13 +92,14 @@ class LanguageOptimizer(torch.optim.Optimizer):
     def step(self, closure=None):
         """One update of the languages that have a gradient; *closure* is not supported."""
         present = self.present()
-        moved = [number for number, master in enumerate(self.masters) if master.key in present]
-        for master in map(self.masters.__getitem__, moved):
+        moved = [pair for pair in zip(self.masters, self._groups) if pair[0].key in present]
+        for master, _ in moved:
             master.weight.grad = master.joined([piece.gradient for piece in master.pieces])
-        self._pass_settings_on(moved)
-        with self._shown(moved):
+        groups = [group for _, group in moved]
+        self._pass_settings_on(groups)
+        with self._shown(groups):
             self.inner.step()
-        for master in map(self.masters.__getitem__, moved):
+        for master, _ in moved:
             master.weight.grad = None
             self._clear_pruned(master)
             for piece in master.pieces:
@@ -115,14 +116,15 @@ class LanguageOptimizer(torch.optim.Optimizer):
         changed = dict(item for item in hyper.items() if item not in self._passed_on.items())
         for group in self._groups if changed.keys() - {"lr"} else ():
             group.update(changed)
-        for number in moved:
-            self._groups[number]["lr"] = hyper["lr"]
+        for group in moved:
+            group["lr"] = hyper["lr"]
         self._passed_on = hyper
 
     @contextmanager
-    def _shown(self, moved):
-        """The inner optimizer sees these groups only: some write into a group in any case."""
-        self.inner.param_groups = [self._groups[number] for number in moved]
+    def _shown(self, groups):
+        """The inner optimizer sees these groups only: nag writes into one without a gradient too,
+        and apex's FusedAdam counts its steps."""
+        self.inner.param_groups = groups
         try:
             yield
         finally:

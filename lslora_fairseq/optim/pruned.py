@@ -86,16 +86,16 @@ class PrunedOptimizer(FairseqOptimizer):
         return optimizer.pruner.sparsity
 
     def _log(self):
-        untouched = "".join(
-            f"; {listed(codes)} as {side} never updated yet, left alone"
-            for side, codes in self.optimizer.pruner.untouched_codes().items()
+        pruner = self.optimizer.pruner
+        untouched = "; ".join(
+            f"as {side} {listed(codes)}" for side, codes in pruner.untouched_codes().items()
         )
         logger.info(
             "pruned to sparsity %.4f at %s %d%s",
-            self.optimizer.pruner.sparsity,
+            pruner.sparsity,
             self.schedule.unit,
             self._step,
-            untouched,
+            untouched and f" (never updated and left alone: {untouched})",
         )
 
     def state_dict(self):

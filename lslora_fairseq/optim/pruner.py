@@ -40,9 +40,7 @@ class Pruner:
 
     def refresh(self):
         """Takes over masks and weights that were changed or loaded."""
-        layers = {p.adapter.layer for master in self.masters for p in master.pieces}
-        for layer in layers:
-            layer.refresh_pruned()
+        self._refresh_layers()
         self.untouched = self._find_untouched(self._pieces)
         self._take_masks()
 
@@ -65,8 +63,7 @@ class Pruner:
         self.untouched = self._find_untouched(self._pieces)
         for pieces in self._scopes().values():
             masks.prune(*zip(*pieces), sparsity)
-        for layer in {p.adapter.layer for pieces in self._pieces.values() for p in pieces}:
-            layer.refresh_pruned()
+        self._refresh_layers()
         self._take_masks()
         self.has_newcomers = False
 
@@ -96,20 +93,23 @@ class Pruner:
         return groups
 
     def _find_untouched(self, keys):
-        """Those of *keys* that are untouched; one transfer from the device for all."""
-        pieces = [(key, piece) for key in keys for piece in self._pieces[key]]
-        if not pieces:
-            return set()
-        marks = []
-        for _, piece in pieces:
-            mark = piece.master[:, piece.part("B")].any()
-            if piece.adapter.layer.is_pruned:
-                mark = mark | ~piece.mask.all()
-            marks.append(mark)
-        touched = {key for (key, _), mark in zip(pieces, torch.stack(marks).tolist()) if mark}
-        return set(keys) - touched
+        """Those of *keys* that are untouched."""
+        owners, marks = [], []
+        for key in keys:
+            for piece in self._pieces[key]:
+                owners.append(key)
+                marks.append(piece.master[:, piece.part("B")].any())
+                if piece.adapter.layer.is_pruned:
+                    owners.append(key)
+                    marks.append(~piece.mask.all())
+        return set(keys) - {key for key, mark in zip(owners, _read(marks)) if mark}
+
+    def _refresh_layers(self):
+        for layer in {piece.adapter.layer for pieces in self._pieces.values() for piece in pieces}:
+            layer.refresh_pruned()
 
     def _take_masks(self):
+        """Hands the masks to the masters and counts what is pruned of each language's side."""
         for master in self.masters:
             master.refresh_pruned()
         self._removed, self._entries = defaultdict(int), defaultdict(int)
@@ -122,7 +122,7 @@ class Pruner:
                     if piece.adapter.layer.is_pruned:
                         counts.append((~mask).sum())
                         owners.append(key)
-        for key, count in zip(owners, torch.stack(counts).tolist() if counts else ()):
+        for key, count in zip(owners, _read(counts)):
             self._removed[key] += count
         self._sum_up()
 
@@ -130,3 +130,8 @@ class Pruner:
         touched = [key for key in self._pieces if key not in self.untouched]
         entries = sum(self._entries[key] for key in touched)
         self.sparsity = sum(self._removed[key] for key in touched) / max(entries, 1)
+
+
+def _read(scalars):
+    """Values of scalar tensors, in one transfer from the device."""
+    return torch.stack(scalars).tolist() if scalars else []
