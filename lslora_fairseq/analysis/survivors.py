@@ -23,6 +23,8 @@ class Demand:
         plan: the :class:`AdapterPlan`
         kept: site -> (languages,) counts
         untrained: side -> codes whose B is zero in every layer that this side indexes
+        untouched: side -> those of them of which nothing is pruned either: they were never updated
+            and took no part in pruning; they count as 0 in *kept*, and not in :attr:`sparsity`
         scope: the run's ``--pruning-scope``, None if the checkpoint does not tell
         final_sparsity: the share that the run was to remove in the end, None likewise
     """
@@ -30,6 +32,7 @@ class Demand:
     plan: AdapterPlan
     kept: dict
     untrained: dict
+    untouched: dict
     scope: Optional[str]
     final_sparsity: Optional[float]
 
@@ -39,9 +42,14 @@ class Demand:
 
     @property
     def sparsity(self):
-        """The share removed of all entries of B."""
-        entries = sum(int(self.entries(site).sum()) for site in self.kept)
-        return 1 - sum(int(kept.sum()) for kept in self.kept.values()) / entries
+        """The share removed of all entries of B that took part in pruning."""
+        entries = 0
+        for site in self.kept:
+            of_language = dict(zip(self.plan.languages.codes, self.entries(site).tolist()))
+            absent = self.untouched.get(site.side, ())
+            entries += sum(n for code, n in of_language.items() if code not in absent)
+        kept = sum(int(kept.sum()) for kept in self.kept.values())
+        return 1 - kept / entries if entries else 0.0
 
     @property
     def tiers(self):
@@ -98,7 +106,17 @@ class Demand:
                 f"pruning has removed {self.sparsity:.1%} and was to remove "
                 f"{self.final_sparsity:.1%} in the end: take the run's last checkpoint"
             )
+        for side, codes in self.untouched.items():
+            lines.append(
+                f"never updated where the {side} language indexes: {listed(codes)}, as of a "
+                f"language that is never the {side}: it took no part in pruning there, and the 0 "
+                "shown does not mean that it needs nothing; train with directions from and into "
+                "each, or leave it out of --lora-tiers"
+            )
         for side, codes in self.untrained.items():
+            codes = [code for code in codes if code not in self.untouched.get(side, ())]
+            if not codes:
+                continue
             lines.append(
                 f"nothing is left of {listed(codes)} where the {side} language indexes, as of a "
                 f"language that is never the {side}: that does not show that it needs nothing, "
@@ -121,6 +139,7 @@ def measure(checkpoint):
     codes, ranks = plan.languages.codes, torch.tensor(plan.ranks)
     language_of_row = torch.arange(len(codes)).repeat_interleave(ranks)
     kept, silent = {}, {side: set(codes) for side in SIDES if plan.needs(side)}
+    whole = {side: set(codes) for side in silent}
     progress = tqdm(
         checkpoint.adapters().items(), "reading masks", leave=False, disable=None, delay=1
     )
@@ -134,10 +153,15 @@ def measure(checkpoint):
         for code in list(unheard):
             if checkpoint.weights[f"{key}.lora_{code}"][:, width_A:].any():
                 unheard.remove(code)
+        whole[sites[0].side] -= {codes[i] for i in language_of_row[~mask.all(1)].tolist()}
+    untouched = {side: sorted(silent[side] & whole[side]) for side in silent}
+    for site, counts in kept.items():
+        counts[[plan.languages.index(code) for code in untouched[site.side]]] = 0
     demand = Demand(
         plan,
         kept,
         {side: sorted(unheard) for side, unheard in silent.items() if unheard},
+        {side: unheard for side, unheard in untouched.items() if unheard},
         checkpoint.options.get("pruning_scope"),
         checkpoint.options.get("pruning_final_sparsity"),
     )

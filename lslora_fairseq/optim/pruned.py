@@ -9,15 +9,15 @@ from fairseq.optim import (
     FairseqOptimizer,
     register_optimizer,
 )
-from torch import nn, zeros
 
 from lslora_fairseq.config import PruningConfig
-from lslora_fairseq.errors import one_line_errors
+from lslora_fairseq.errors import listed, one_line_errors
 from lslora_fairseq.optim.language_optimizer import LanguageOptimizer
 
 logger = logging.getLogger(__name__)
 
 INNER_OPTIMIZERS = ("adam", "adafactor", "adamax", "sgd", "nag", "adagrad", "adadelta")
+MATRIX_OPTIMIZERS = ("adafactor",)  # with statistics of rows and columns
 
 
 class PrunedOptimizer(FairseqOptimizer):
@@ -32,17 +32,16 @@ class PrunedOptimizer(FairseqOptimizer):
         super().__init__(args)
         pruning = PruningConfig.from_namespace(args)
         build = self._build_inner
-        elementwise = build(args, [nn.Parameter(zeros(1))]).supports_flat_params
         with one_line_errors():
             self.schedule = pruning.validated()
-            self.scope, self.target = pruning.pruning_scope, pruning.pruning_target
             self._optimizer = LanguageOptimizer(
                 params,
-                lambda masters: build(args, masters).optimizer,
-                elementwise,
+                lambda groups: build(args, groups).optimizer,
+                self.inner not in MATRIX_OPTIMIZERS,
                 {k: v for k, v in vars(pruning).items() if not k.startswith("_")},
             )
-        self.sparsity = None  # share last applied
+        self._step = None  # of the schedule, last seen
+        self._share = None  # applied by this object; masks may have another
 
     @classmethod
     def _build_inner(cls, args, params):
@@ -68,23 +67,45 @@ class PrunedOptimizer(FairseqOptimizer):
     def prune_at(self, epoch, update):
         """Brings the masks to the schedule's share at this epoch (from 1) and update (from 0).
 
-        Cheap where nothing changes. Running it again at the same step, as a resumed run does,
-        changes nothing.
+        Masks change when a new step of the schedule begins, and only then: a resumed run prunes
+        where the run that never stopped does. Cheap where nothing changes. What was never updated
+        is left alone; once it was, it is pruned at the next step.
 
         Returns:
-            the share of entries removed in every scope, in [0, 1)
+            the share of entries that are pruned by the masks, in [0, 1), of all that was updated
         """
+        optimizer = self.optimizer
         step = epoch if self.schedule.unit == "epoch" else update
-        target = self.schedule.sparsity(step)
-        if target and target != self.sparsity and self.schedule.applies_at(step):
-            self.optimizer.prune(target, self.scope, self.target)
-            self.sparsity = target
-            logger.info("pruned to sparsity %.4f at %s %d", target, self.schedule.unit, step)
-        return self.sparsity or 0.0
+        if step != self._step and self.schedule.applies_at(step):
+            self._step = step
+            share = self.schedule.sparsity(step)
+            if share and (share != self._share or optimizer.pruner.has_newcomers):
+                optimizer.prune(share)
+                self._share = share
+                self._log()
+        return optimizer.pruner.sparsity
+
+    def _log(self):
+        pruner = self.optimizer.pruner
+        untouched = "; ".join(
+            f"as {side} {listed(codes)}" for side, codes in pruner.untouched_codes().items()
+        )
+        logger.info(
+            "pruned to sparsity %.4f at %s %d%s",
+            pruner.sparsity,
+            self.schedule.unit,
+            self._step,
+            untouched and f" (never updated and left alone: {untouched})",
+        )
+
+    def state_dict(self):
+        return {**super().state_dict(), "schedule_step": self._step}
 
     def load_state_dict(self, state_dict, optimizer_overrides=None):
         with one_line_errors():
             super().load_state_dict(state_dict, optimizer_overrides)
+        self._step = state_dict["schedule_step"]
+        self._share = None  # averaged masks may have less than it
 
 
 def register_pruned(name):

@@ -9,9 +9,10 @@ def prune_count(sparsity, entries):
 
 
 def smallest(values, count):
-    """Marks the *count* smallest of a 1-D tensor; among equals the first ones.
+    """Marks the *count* smallest of a 1-D tensor; among equals evenly spread ones.
 
-    Exact and the same on every process, also where many values are equal.
+    Exact and the same on every process, also where many values are equal: after one step of Adam
+    they nearly all are, and the first ones would be whole layers.
 
     Returns:
         (n,) bool tensor with exactly *count* True entries.
@@ -21,7 +22,10 @@ def smallest(values, count):
     threshold = values.kthvalue(count).values
     below = values < threshold
     ties = values == threshold
-    return below | (ties & (ties.cumsum(0) <= count - below.sum()))
+    number, missing = ties.cumsum(0), count - below.sum()
+    # of n ties the i-th is taken where i · missing / n reaches the next whole number
+    taken = number * missing // ties.sum() > (number - 1) * missing // ties.sum()
+    return below | (ties & taken)
 
 
 def prune(weights, masks, sparsity):
@@ -35,7 +39,7 @@ def prune(weights, masks, sparsity):
     """
     magnitude = torch.cat(
         [w.detach().float().abs().masked_fill(~m, -1).flatten() for w, m in zip(weights, masks)]
-    )
+    ).nan_to_num_(nan=float("inf"))  # of unknown size: the last to go
     # a schedule only rises, but never bring back what is gone
     gone = sum(int((~m).sum()) for m in masks)
     count = max(prune_count(sparsity, magnitude.numel()), gone)

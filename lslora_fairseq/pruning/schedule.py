@@ -45,10 +45,10 @@ class Schedule:
         return self.final_sparsity * (1 - (1 - done) ** 3)
 
     def applies_at(self, step):
-        """Whether masks are computed anew at *step*.
+        """Whether masks may change at *step*.
 
-        Every epoch; with updates as the unit about a hundred times over the rise, since finding
-        the smallest entries of all languages is not free.
+        Every epoch; with updates as the unit about a hundred times over the rise and as often
+        after it, since finding the smallest entries of all languages is not free.
         """
         every = max(1, self.duration // 100) if self.unit == "update" else 1
-        return step >= self.end or (step >= self.begin and (step - self.begin) % every == 0)
+        return step >= self.begin and (step - self.end) % every == 0

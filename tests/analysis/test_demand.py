@@ -117,6 +117,29 @@ def test_a_language_of_which_nothing_is_left_is_told(tmp_path):
     ]
 
 
+def test_a_language_that_was_never_updated_took_no_part(tmp_path):
+    """Its B is zero and nothing of it pruned: en as a source, which indexes two layers."""
+
+    def kept(site, code):
+        return 99 if code == "en" and site.side == "source" else keep(site, code)
+
+    content = handmade.make(kept, pruning_final_sparsity=0.66)
+    for key, weight in content["model"].items():
+        if key.endswith("source_adapters.lora_en"):
+            weight.zero_()
+    found = survivors.measure(trained.read(handmade.save(tmp_path, content)))
+    assert found.untouched == found.untrained == {"source": ["en"]}
+    layers = [found.shares(found.sites(stack="encoder", layer=n)).tolist() for n in range(3)]
+    assert [shares[1] for shares in layers] == [0, 0, 14 / 48]
+    entries = 3 * (3 * 48 + 2 * 72) - 2 * 48
+    assert found.sparsity == pytest.approx(1 - (7 * (3 * 5 + 2) + 2 * 10 * 7) / entries)
+    assert found.warnings() == [
+        "never updated where the source language indexes: en, as of a language that is never the "
+        "source: it took no part in pruning there, and the 0 shown does not mean that it needs "
+        "nothing; train with directions from and into each, or leave it out of --lora-tiers"
+    ]
+
+
 def test_both_sides_of_weight_learning_are_counted(tmp_path):
     found = measured(tmp_path, lora_weight_learning=True)
     assert len(demand.cells(found)) == 2 * 3 * (3 * 5 + 2 * 8)

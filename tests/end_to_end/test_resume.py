@@ -10,7 +10,7 @@ import pytest
 import torch
 from console import adapters_in, finetune_args, run, with_option
 from fairseq.file_io import PathManager
-from optim.test_language_optimizer import same
+from optim.updates import same
 
 SCHEDULES = {
     "epoch": [],

@@ -12,9 +12,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fairseq.models import DistributedFairseqModel
-from test_language_optimizer import SIDES, optimizer_for, same, snapshot
 from torch.nn.parallel import DistributedDataParallel
 from toy import batch, build, set_adapters
+from updates import SIDES, optimizer_for, same, snapshot
 
 EVERYONE = [(0, 1), (1, 2), (2, 3), (3, 0)]
 # update -> rank -> directions of each of its batches; ja (3) has sentences in the first alone

@@ -14,10 +14,20 @@ def test_smallest_is_exact_to_one_entry(count):
     assert set(values[marked].tolist()) == set(sorted(values.tolist())[:count])
 
 
-def test_among_equals_the_first_are_taken():
-    values = torch.tensor([2.0, 1.0, 1.0, 0.0, 1.0])
-    assert smallest(values, 3).tolist() == [False, True, True, True, False]
-    assert smallest(torch.zeros(5), 2).tolist() == [True, True, False, False, False]
+def test_among_equals_evenly_spread_ones_are_taken():
+    values = torch.tensor([2.0, 1.0, 1.0, 0.0, 1.0, 1.0])
+    assert smallest(values, 3).tolist() == [False, False, True, True, False, True]
+    assert smallest(torch.zeros(6), 2).tolist() == [False, False, True, False, False, True]
+    marked = smallest(torch.ones(1000), 900).view(10, 100)
+    assert marked.sum(1).tolist() == [90] * 10  # not the first nine tenths
+
+
+def test_entries_that_are_no_number_go_last():
+    weights, mask = torch.tensor([float("nan"), 1.0, -3.0, float("nan")]), torch.ones(4).bool()
+    prune([weights], [mask], 0.5)
+    assert mask.tolist() == [True, False, False, True]
+    prune([weights], [mask], 0.75)
+    assert mask.sum() == 1
 
 
 def test_prune_count_rounds_to_the_nearest_entry():
