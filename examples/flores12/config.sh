@@ -125,15 +125,15 @@ data_checksum() {
 
 # text_checksum LANGUAGE dev|devtest : a line that tells one text of FLORES from another
 text_checksum() {
-    echo "$1.$2 $(checksum "$FLORES_DIR/$2/$(flores_code "$1").$2")"
+    echo "$1.$2 of checksum $(checksum "$FLORES_DIR/$2/$(flores_code "$1").$2")"
 }
 
 # same_settings FILE SETTINGS REMEDY... : fails if FILE holds other settings than these, one a line
 same_settings() {
     local was now
     [ "$(cat "$1")" = "$2" ] && return
-    was="$(grep -vxF -e "$2" "$1" | cut -c 1-100 | paste -sd, -)"
-    now="$(grep -vxF -f "$1" <<<"$2" | cut -c 1-100 | paste -sd, -)"
+    was="$({ grep -vxF -e "$2" "$1" || true; } | cut -c 1-100 | paste -sd, -)"
+    now="$({ grep -vxF -f "$1" <<<"$2" || true; } | cut -c 1-100 | paste -sd, -)"
     fail "${1%/*} was made with ${was:-less} and not with ${now:-less}: ${*:3}"
 }
 

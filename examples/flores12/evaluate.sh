@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Decodes FLORES devtest in all directions and prints spBLEU: one score for each direction, means
-# by resource tier. Directions that are decoded already are not decoded again.
+# by resource tier. Directions that are decoded already are not decoded again; another checkpoint, or
+# other decoding settings, need another RESULTS.
 #   bash examples/flores12/evaluate.sh
 # The base model as it is, for comparison:
 #   CHECKPOINT=flores12_work/flores101_mm100_615M/model.pt RESULTS=flores12_work/results_base \
@@ -15,8 +16,12 @@ references=()
 for language in $LANGUAGES; do
     file="$FLORES_DIR/devtest/$(flores_code "$language").devtest"
     need "$file" "run examples/flores12/download.sh"
-    grep -qxF "$(text_checksum "$language" devtest)" "$DATA"/*.done ||
-        fail "$DATA was prepared from another text than $file: delete it, or choose another WORK"
+    text="$(text_checksum "$language" devtest)"
+    for pair in $(pairs); do
+        case "-$pair-" in *"-$language-"*) ;; *) continue ;; esac
+        grep -qxF "$text" "$DATA/$pair.done" ||
+            fail "$DATA was not prepared from $file: delete it, or choose another WORK"
+    done
     references+=("$language" "$file")
 done
 set_extra_args --fp16 "$EXTRA_GENERATE_ARGS"
@@ -24,9 +29,9 @@ activate_python
 mkdir -p "$RESULTS"
 lock "$RESULTS"
 # what the hypotheses are made of, one a line; where that lies does not matter
-settings="checkpoint $(checksum "$CHECKPOINT")
-data $(data_checksum)
-lslora_fairseq $(package_checksum)
+settings="checkpoint of checksum $(checksum "$CHECKPOINT")
+data of checksum $(data_checksum)
+lslora_fairseq of checksum $(package_checksum)
 MODEL_LANGUAGES=$MODEL_LANGUAGES
 BEAM=$BEAM
 EXTRA_GENERATE_ARGS=${EXTRA_ARGS[*]-}"
@@ -64,7 +69,7 @@ else
     printf '%s\0' "${todo[@]}" |
         xargs -0 -I '{}' -P "$DECODE_JOBS" bash -c 'decode "$@"' decode '{}' "${TASK_ARGS[@]}" \
             ${EXTRA_ARGS[@]+"${EXTRA_ARGS[@]}"} 3>&2 2>/dev/null || exit 1
-    [ "checkpoint $(checksum "$CHECKPOINT")" = "$(head -n 1 "$RESULTS/settings")" ] ||
+    [ "checkpoint of checksum $(checksum "$CHECKPOINT")" = "${settings%%$'\n'*}" ] ||
         fail "$CHECKPOINT has changed while it was decoded: delete $RESULTS, and run this again" \
             "when no training writes to it"
 fi

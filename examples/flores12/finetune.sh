@@ -32,8 +32,8 @@ options=(
     ${EXTRA_ARGS[@]+"${EXTRA_ARGS[@]}"}
 )
 # What the run is made of, one a line; where that lies does not matter.
-settings="base model $(checksum "$MODEL_DIR/model.pt")
-data $(data_checksum)"
+settings="base model of checksum $(checksum "$MODEL_DIR/model.pt")
+data of checksum $(data_checksum)"
 for word in "${options[@]}"; do
     case "$word" in
         "$ROOT/lslora_fairseq") ;;

@@ -20,8 +20,8 @@ for language in $LANGUAGES; do
     done
 done
 common="VALID_LINES=$VALID_LINES
-dict.txt $(checksum "$MODEL_DIR/dict.txt")
-sentencepiece.bpe.model $(checksum "$MODEL_DIR/sentencepiece.bpe.model")"
+dict.txt of checksum $(checksum "$MODEL_DIR/dict.txt")
+sentencepiece.bpe.model of checksum $(checksum "$MODEL_DIR/sentencepiece.bpe.model")"
 
 # settings_of PAIR : what its data is made from
 settings_of() {
