@@ -118,7 +118,7 @@ need_data() {
 # data_checksum : of all that the pairs' binarised texts were made from
 data_checksum() {
     local pair
-    for pair in $(pairs); do
+    for pair in $(pairs | LC_ALL=C sort); do # in whatever order TIERS has them
         cat "$DATA/$pair.done"
     done | cksum
 }
