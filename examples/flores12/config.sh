@@ -4,6 +4,9 @@
 # shellcheck shell=bash disable=SC2034  # used by the scripts that source this file
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
+RECIPE=flores12
+# shellcheck source=../common.sh
+source "$ROOT/examples/common.sh"
 
 # ── folders ──
 WORK="${WORK:-$ROOT/flores12_work}"                     # everything that the recipe writes
@@ -46,6 +49,7 @@ MAX_TOKENS="${MAX_TOKENS:-4000}"
 UPDATE_FREQ="${UPDATE_FREQ:-4}"
 LR="${LR:-3e-3}"
 DROPOUT="${DROPOUT:-0.1}"
+ATTENTION_DROPOUT="${ATTENTION_DROPOUT:-0.1}"
 LABEL_SMOOTHING="${LABEL_SMOOTHING:-0.2}"
 SAMPLING_TEMPERATURE="${SAMPLING_TEMPERATURE:-5}"
 SEED="${SEED:-2}"
@@ -59,8 +63,8 @@ BLEU_TOKENIZER="${BLEU_TOKENIZER:-flores101}"  # of sacrebleu
 EXTRA_GENERATE_ARGS="${EXTRA_GENERATE_ARGS:-}"
 
 # ── commands side by side ──
-JOBS="${JOBS:-$(getconf _NPROCESSORS_ONLN)}"  # fairseq-preprocess
-DECODE_JOBS="${DECODE_JOBS:-1}"               # fairseq-generate: each loads the model
+JOBS="${JOBS:-}"                # fairseq-preprocess; as many as there are cores if empty
+DECODE_JOBS="${DECODE_JOBS:-1}" # fairseq-generate: each loads the model
 
 LANGUAGES="$(tr ';' '\n' <<<"$TIERS" | cut -d= -f2 | tr ',\n' '  ')"
 
@@ -107,13 +111,37 @@ pairs() {
 need_data() {
     local pair
     for pair in $(pairs); do
-        [ -f "$DATA/$pair.done" ] || fail "$DATA lacks $pair: run examples/flores12/prepare.sh"
+        [ -s "$DATA/$pair.done" ] || fail "$DATA lacks $pair: run examples/flores12/prepare.sh"
     done
+}
+
+# data_checksum : of all that the pairs' binarised texts were made from
+data_checksum() {
+    local pair
+    for pair in $(pairs | LC_ALL=C sort); do # in whatever order TIERS has them
+        cat "$DATA/$pair.done"
+    done | cksum
+}
+
+# text_checksum LANGUAGE dev|devtest : a line that tells one text of FLORES from another
+text_checksum() {
+    echo "$1.$2 of checksum $(checksum "$FLORES_DIR/$2/$(flores_code "$1").$2")"
+}
+
+# same_settings FILE SETTINGS REMEDY... : fails if FILE holds other settings than these, one a line
+same_settings() {
+    local was now
+    [ "$(cat "$1")" = "$2" ] && return
+    was="$({ grep -vxF -e "$2" "$1" || true; } | cut -c 1-100 | paste -sd, -)"
+    now="$({ grep -vxF -f "$1" <<<"$2" || true; } | cut -c 1-100 | paste -sd, -)"
+    fail "${1%/*} was made with ${was:-less} and not with ${now:-less}: ${*:3}"
 }
 
 # The languages of the base model, in the order in which it appended their tokens to its
 # dictionary: fairseq sorts the languages of the directions that a model is trained on, and the
 # archive lists those in language_pairs.txt. All of them are needed, whichever are fine-tuned.
+# This holds for M2M. The tokens of NLLB are in no alphabetical order (pes_Arab stands before
+# fij_Latn, zsm_Latn before mya_Mymr): give its languages in its dictionary's order instead.
 model_languages() {
     local list="$MODEL_DIR/language_pairs.txt" language found
     need "$list" "run examples/flores12/download.sh, or name the base model's languages in its" \
@@ -149,11 +177,6 @@ set_extra_args() {
         *" --cpu "*) ;;
         *) EXTRA_ARGS=("$1" ${EXTRA_ARGS[@]+"${EXTRA_ARGS[@]}"}) ;;
     esac
-}
-
-fail() {
-    echo "flores12: error: $*" >&2
-    exit 1
 }
 
 # need FILE REMEDY...

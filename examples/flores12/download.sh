@@ -46,5 +46,6 @@ for language in $LANGUAGES; do
     flores_files+=("dev/$code.dev" "devtest/$code.devtest")
 done
 mkdir -p "$WORK"
+lock "$WORK"
 fetch "$BASE_URL/pretrained_models/flores101_mm100_615M.tar.gz" "$MODEL_DIR" "${MODEL_FILES[@]}"
 fetch "$BASE_URL/dataset/flores101_dataset.tar.gz" "$FLORES_DIR" "${flores_files[@]}"

@@ -20,8 +20,11 @@ SHAPES = {
 def _register(name, layers, dim, ffn_dim):
     @register_model_architecture("lslora_transformer", name)
     def architecture(args):
-        """Pre-norm, 16 heads, ReLU, sinusoidal positions, all embeddings shared."""
-        preset = {"share_all_embeddings": True}
+        """Pre-norm, 16 heads, ReLU, sinusoidal positions, all embeddings shared.
+
+        Dropout as in the public models: 0.1, in attention too, none after the ReLU.
+        """
+        preset = {"share_all_embeddings": True, "attention_dropout": 0.1}
         for stack in ("encoder", "decoder"):
             preset.update(
                 {

@@ -102,8 +102,8 @@ def test_every_direction_is_scored(settings, printed):
     assert [d for d, _ in rows] == [f"{s}-{t}" for s in langs for t in langs if s != t]
     assert all(0 <= float(score) <= 100 for _, score in rows) and any(float(s) for _, s in rows)
     for direction, score in rows:
-        log = (results / f"{direction}.log").read_text("utf-8")
-        said = {int(n): text for n, text in re.findall(r"^H-(\d+)\t\S+\t(.*)$", log, re.M)}
+        out = (results / f"{direction}.out").read_text("utf-8")
+        said = {int(n): text for n, text in re.findall(r"^H-(\d+)\t\S+\t(.*)$", out, re.M)}
         text = (results / f"{direction}.hyp").read_text("utf-8")
         assert text == "".join(said[i] + "\n" for i in range(8)) and "▁" not in text
         assert f"\n__{direction[3:]}__" not in "\n" + text  # the token that decoding starts with
@@ -194,6 +194,7 @@ def test_the_architecture_is_learned(settings, learned):
     competing = read_args(folder / "estimation" / "checkpoint_last.pt")
     assert mixed["lora_weight_learning"] and not competing["lora_weight_learning"]
     assert mixed["lora_rank"] == competing["lora_rank"] == "3"
+    assert mixed["dropout"] == mixed["attention_dropout"] == 0.1
     found = exported(folder / "settings.sh")
     for stack in ("encoder", "decoder"):
         assert competing[f"{stack}_index_side"] == found[f"{stack.upper()}_SIDES"]

@@ -5,9 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fairseq import options
 from fairseq.data import Dictionary
 from fairseq.models import ARCH_CONFIG_REGISTRY
 
+from lslora_fairseq.models.architectures import SHAPES
 from lslora_fairseq.models.lslora_transformer import LSLoTransformerModel
 
 TIERS = "high=en,fr,it,de;medium=nl,zh,ja,ko;low=oc,or,sd,wo"
@@ -62,6 +64,20 @@ def test_shapes(arch, layers, dim, ffn, rows, millions):
     assert round(count(model, trained=False) / 1e6, digits) == millions
     source = {s.layer for s in model.plan.sites if s.side == "source"}
     assert source == set(range(layers * 3 // 4 + (layers == 6)))
+
+
+@pytest.mark.parametrize("arch", SHAPES)
+@pytest.mark.parametrize("given, attention", [([], 0.1), (["--attention-dropout", "0"], 0)])
+def test_dropout_is_that_of_the_public_models(arch, given, attention):
+    parser = options.get_training_parser()
+    args = options.parse_args_and_arch(parser, ["data", "--arch", arch, *given])
+    assert (args.dropout, args.attention_dropout, args.activation_dropout) == (0.1, attention, 0)
+
+
+def test_dropout_reaches_every_attention():
+    model = on_meta("lslora_m2m_124_175m", 256_125, lora_tiers=ONE, lora_rank="2")
+    attentions = [m for m in model.modules() if hasattr(m, "q_proj")]
+    assert [m.dropout_module.p for m in attentions] == [0.1] * 18
 
 
 @pytest.mark.parametrize(

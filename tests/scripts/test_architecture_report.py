@@ -1,4 +1,4 @@
-"""The table of the architecture recipe, from logs of fairseq-generate and two models."""
+"""The table of the architecture recipe, from what fairseq-generate printed and two models."""
 
 import architecture_report
 import pytest

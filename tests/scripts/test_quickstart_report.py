@@ -1,4 +1,4 @@
-"""The quickstart's table, from logs of fairseq-generate and a model with pruned adapters."""
+"""The quickstart's table, from what fairseq-generate printed and a model with pruned adapters."""
 
 import pytest
 import quickstart_report
@@ -21,9 +21,9 @@ def write_test_set(work, language, **models):
                 f"S-{i}\t__en__ x\nT-{i}\tx\nH-{i}\t-0.5\t{change(references[i], i)}\n"
                 for i in order
             )
-            path = work / "decoded" / name / f"{source}-{target}.log"
+            path = work / "decoded" / name / f"{source}-{target}.out"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("$ fairseq-generate\n" + text, encoding="utf-8")
+            path.write_text("INFO loading\n" + text, encoding="utf-8")
 
 
 def right(reference, number):
@@ -81,8 +81,8 @@ def test_equal_hypotheses_are_no_difference(work):
     assert (count, before, p) == (80, after, 1.0)
 
 
-def test_a_log_cut_short_is_an_error(work):
-    log = work / "decoded" / "base" / "en-de.log"
-    log.write_text(log.read_text(encoding="utf-8").replace("H-7\t", "X-7\t"), encoding="utf-8")
+def test_a_file_cut_short_is_an_error(work):
+    out = work / "decoded" / "base" / "en-de.out"
+    out.write_text(out.read_text(encoding="utf-8").replace("H-7\t", "X-7\t"), encoding="utf-8")
     with pytest.raises(SystemExit, match="39 hypotheses for 40 sentences: delete"):
         quickstart_report.Scores(work).compared(["de"])

@@ -6,7 +6,10 @@ What the commands print is not real here: which commands run, with what, and whe
 import os
 import shlex
 import shutil
+import signal
 import subprocess
+import sys
+import time
 
 import pytest
 from console import ROOT
@@ -15,8 +18,10 @@ from console import ROOT
 COMMAND = r"""#!/usr/bin/env bash
 name="${0##*/}"
 [ "$*" = "-c " ] && exit # environment.sh looks whether this Python works
+case "$*" in */cores.py) exec "$REAL_PYTHON" "$@" ;; esac
 echo "$name $*" >>"$CALLS"
-case "$name $*" in *"$BROKEN"*) echo "out of luck"; exit 1 ;; esac
+case "$name $*" in *"$SLOW"*) while [ ! -e "$GO" ]; do sleep 0.02; done ;; esac
+case "$name $*" in *"$BROKEN"*) echo "out of luck" >&2; exit 1 ;; esac
 while [ $# -gt 0 ]; do
     case "$1" in
         --save-dir) echo weights >"$2/checkpoint_last.pt" ;;
@@ -32,6 +37,7 @@ case "$name $action $format" in
     "lslora suggest flags")
         printf '%s\n' --lora-rank high=3,low=5 --encoder-target-modules fc1,fc2 ;;
     lslora*) echo "$action as ${format:-table}" ;;
+    fairseq-generate*) printf 'H-0\t-0.'; echo "a progress bar" >&2; printf '5\ta text\n' ;;
 esac
 """
 QUICKSTART = (
@@ -60,21 +66,44 @@ class Recipe:
             (venv / "bin" / name).chmod(0o755)
         wanted = [(ROOT / name).read_text() for name in ("requirements.txt", "setup.py")]
         (venv / ".lslora-installed").write_text("".join(wanted) + f"{self.clone}\n")
-        self.env = {**os.environ, "VENV": str(venv), "WORK": str(self.work)}
+        package = self.clone / "lslora_fairseq" / "lora"
+        package.mkdir(parents=True)
+        (package / "linear.py").write_text("rank = 1\n")
+        self.edit("examples/quickstart_steps.sh", "(de fr nl cs cy af)", "(de cs)")  # no more
+        self.env = {
+            **os.environ,
+            "VENV": str(venv),
+            "WORK": str(self.work),
+            "CALLS": str(self.calls),
+            "GO": str(folder / "go"),
+            "REAL_PYTHON": sys.executable,
+        }
 
-    def run(self, script, *args, sides="source*2,target*1", broken="no command"):
-        """(exit status, stdout, stderr, the commands that ran)"""
+    def start(self, script, *args, sides="source*2,target*1", broken="none", slow="none"):
+        """The script's process; it waits at the command *slow*, and *broken* fails."""
         self.calls.write_text("")
-        done = subprocess.run(
+        return subprocess.Popen(
             ["bash", str(self.clone / "examples" / script), *args],
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            env={**self.env, "CALLS": str(self.calls), "ENCODER_SIDES": sides, "BROKEN": broken},
+            env={**self.env, "ENCODER_SIDES": sides, "BROKEN": broken, "SLOW": slow},
             cwd=self.work.parent,
-            timeout=300,
+            start_new_session=True,
         )
-        calls = self.calls.read_text().splitlines()
-        return done.returncode, done.stdout, done.stderr, calls
+
+    def run(self, script, *args, **how):
+        """(exit status, stdout, stderr, the commands that ran); how: see :meth:`start`."""
+        process = self.start(script, *args, **how)
+        out, err = process.communicate(timeout=300)
+        return process.returncode, out, err, self.calls.read_text().splitlines()
+
+    def edit(self, script, old, new):
+        """Replaces a text in the copy of a script."""
+        path = self.clone / script
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new))
 
     def command(self, step):
         """The words of the command on top of a step's log."""
@@ -92,6 +121,10 @@ def states(out):
     """Step -> whether it was done before."""
     lines = (line.split(": ", 1) for line in out.splitlines() if ": " in line)
     return {name: what == "done before" for name, what in lines if name in QUICKSTART + LEARNING}
+
+
+def redone(out):
+    return [name for name, before in states(out).items() if not before]
 
 
 def test_what_is_found_reaches_the_next_training(recipe):
@@ -138,16 +171,13 @@ def test_what_is_done_is_not_done_again(recipe):
 
 def test_a_change_is_followed_by_the_later_steps_only(recipe):
     recipe.run("architecture_learning.sh")
-    (recipe.work / "logs" / ".sides.done").unlink()
+    (recipe.work / "architecture" / "sides" / ".done").unlink()
     _, out, _, _ = recipe.run("architecture_learning.sh", sides="target*3")
-    done = states(out)
-    assert [name for name, before in done.items() if not before] == LEARNING[1:]
+    assert redone(out) == LEARNING[1:]
     assert "target*3" in recipe.command("finetune_learned")
-    script = recipe.clone / "examples" / "quickstart.sh"
-    script.write_text(script.read_text().replace("BASE_UPDATES=1800", "BASE_UPDATES=2000"))
+    recipe.edit("examples/quickstart.sh", "BASE_UPDATES=1800", "BASE_UPDATES=2000")
     _, out, _, _ = recipe.run("architecture_learning.sh", sides="target*3")
-    redone = [name for name, before in states(out).items() if not before]
-    assert redone == QUICKSTART[5:] + LEARNING
+    assert redone(out) == QUICKSTART[5:] + LEARNING
 
 
 def test_a_step_that_failed_is_told_and_done_again(recipe):
@@ -162,7 +192,103 @@ def test_a_step_that_failed_is_told_and_done_again(recipe):
     ]
     status, out, _, _ = recipe.run("architecture_learning.sh")
     assert status == 0
-    assert [name for name, before in states(out).items() if not before] == LEARNING[2:]
+    assert redone(out) == LEARNING[2:]
+
+
+def test_a_setting_that_was_tried_and_changed_back_starts_its_step_over(recipe):
+    recipe.run("quickstart.sh")
+    recipe.edit("examples/quickstart.sh", "BASE_UPDATES=1800", "BASE_UPDATES=2000")
+    status, out, _, _ = recipe.run("quickstart.sh", broken="fairseq-train")
+    assert status == 1 and redone(out) == ["train_base"]
+    recipe.edit("examples/quickstart.sh", "BASE_UPDATES=2000", "BASE_UPDATES=1800")
+    status, out, _, _ = recipe.run("quickstart.sh")
+    assert status == 0 and redone(out) == ["train_base"]
+    assert (recipe.work / "base" / "checkpoint_last.pt").read_text() == "weights\n"
+    assert "1800" in recipe.command("train_base")
+
+
+def test_a_change_within_a_function_starts_its_steps_over(recipe):
+    recipe.run("quickstart.sh")
+    for script, old, new, first in (
+        ("quickstart_steps.sh", "--beam 4", "--beam 5", "decode_base_own"),
+        ("quickstart_steps.sh", "--lenpen 1.5", "--lenpen 1", "decode_base_own"),
+        ("quickstart.sh", "--srcdict ", "--joined-dictionary --srcdict ", "binarise_base"),
+        ("quickstart_steps.sh", "OMP_NUM_THREADS=1 ", "OMP_NUM_THREADS=2 ", "binarise_base"),
+    ):
+        recipe.edit(f"examples/{script}", old, new)
+        _, out, _, _ = recipe.run("quickstart.sh")
+        assert redone(out) == QUICKSTART[QUICKSTART.index(first) :], new
+
+
+def test_a_changed_file_starts_the_steps_over_that_use_it(recipe):
+    recipe.run("quickstart.sh")
+    for file, first in (
+        ("scripts/quickstart_report.py", "report"),
+        ("lslora_fairseq/lora/linear.py", "finetune"),  # stock fairseq trains the base
+        ("lslora_fairseq/new.py", "finetune"),
+        ("scripts/pieces.py", "pieces"),
+        ("scripts/po_corpus.py", "corpus"),
+        ("requirements.txt", "download"),
+    ):
+        with open(recipe.clone / file, "a") as changed:
+            changed.write("# changed\n")
+        _, out, _, _ = recipe.run("quickstart.sh")
+        assert redone(out) == QUICKSTART[QUICKSTART.index(first) :], file
+
+
+def test_a_table_alone_starts_no_training_over(recipe):
+    recipe.run("architecture_learning.sh")
+    with open(recipe.clone / "scripts" / "quickstart_report.py", "a") as changed:
+        changed.write("# changed\n")
+    _, out, _, _ = recipe.run("architecture_learning.sh")
+    assert redone(out) == ["report", "report_learned"]
+
+
+def test_results_that_are_gone_are_made_again(recipe):
+    recipe.run("architecture_learning.sh")
+    shutil.rmtree(recipe.work / "decoded")  # as the report says when a file is cut short
+    (recipe.work / "logs" / "finetune.log").unlink()  # the budget of the suggestion stands there
+    status, out, err, _ = recipe.run("architecture_learning.sh")
+    assert status == 0, err
+    decodings = [name for name in QUICKSTART + LEARNING if name.startswith("decode")]
+    assert redone(out) == ["finetune", *decodings]
+    assert recipe.command("suggestion")[-1] == "392704"
+
+
+def test_stderr_stays_out_of_the_hypotheses(recipe):
+    recipe.run("quickstart.sh")
+    out = recipe.work / "decoded" / "finetuned" / "en-de.out"
+    assert out.read_text() == "H-0\t-0.5\ta text\n"
+    command, *said = (recipe.work / "logs" / "decode_finetuned.en-de.log").read_text().splitlines()
+    assert said == ["a progress bar"]
+    assert shlex.split(command)[:2] == ["$", "fairseq-generate"]
+
+
+def test_a_direction_that_fails_tells_why(recipe):
+    status, out, err, _ = recipe.run("quickstart.sh", broken="--target-lang cs --gen-subset")
+    assert status == 1 and redone(out)[-1] == "decode_base_own"
+    assert "out of luck" in err
+
+
+def wait_for(process, recipe, command):
+    """Until the process is at the command that it waits at."""
+    deadline = time.monotonic() + 60
+    while command not in recipe.calls.read_text():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.02)
+
+
+def test_two_runs_in_one_folder(recipe):
+    first = recipe.start("quickstart.sh", slow="-m pip download")
+    wait_for(first, recipe, "-m pip download")
+    said = f"error: another run is at work in {recipe.work}: wait for its end, or stop it"
+    for script in ("quickstart.sh", "architecture_learning.sh"):
+        status, _, err, calls = recipe.run(script)
+        assert (status, err, calls) == (1, f"quickstart: {said}\n", [])
+    os.killpg(first.pid, signal.SIGKILL)  # leaves its lock as it is
+    first.communicate()
+    status, _, err, _ = recipe.run("quickstart.sh")
+    assert (status, err) == (0, "")
 
 
 @pytest.mark.parametrize("script", ["quickstart.sh", "architecture_learning.sh"])
