@@ -10,9 +10,6 @@ import textwrap
 from contextlib import contextmanager
 
 import torch
-from fairseq import checkpoint_utils
-from fairseq.distributed import utils as distributed_utils
-from fairseq.file_io import PathManager
 from omegaconf import OmegaConf
 
 from lslora_fairseq.errors import ConfigError, one_line_errors
@@ -36,6 +33,8 @@ def receive_checkpoints_from_own_processes():
     fairseq reads it on the first process and sends the others pickled objects beyond what the
     safe loader accepts; they come from a process of the same run.
     """
+    from fairseq.distributed import utils as distributed_utils
+
     send = distributed_utils._broadcast_object_slow
     if getattr(send, "trusting", False):
         return
@@ -61,6 +60,8 @@ def copy_checkpoints_atomically():
     fairseq writes ``checkpoint3.pt`` and copies it over ``checkpoint_last.pt``: a run killed
     during that copy could not be resumed.
     """
+    from fairseq.file_io import PathManager
+
     copy = PathManager.copy
     if getattr(copy, "atomic", False):
         return
@@ -79,6 +80,8 @@ def copy_checkpoints_atomically():
 
 def report_unwritable_save_dir():
     """A save directory that cannot be written, or a full disk, is told in one line."""
+    from fairseq import checkpoint_utils
+
     for name in ("verify_checkpoint_directory", "save_checkpoint"):
         function = getattr(checkpoint_utils, name)
         if not getattr(function, "reporting", False):
@@ -110,7 +113,7 @@ def _reporting(write):
 @contextmanager
 def _without_logged_tracebacks():
     """fairseq logs the traceback of a failed write before it raises the error that we report."""
-    logger = logging.getLogger(checkpoint_utils.__name__)
+    logger = logging.getLogger("fairseq.checkpoint_utils")
 
     def short(record):
         wanted = os.environ.get("LSLORA_TRACEBACK")

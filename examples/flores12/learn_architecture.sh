@@ -17,7 +17,7 @@ python -c 'import matplotlib' 2>/dev/null ||
 mkdir -p "$LEARNED"
 
 lslora() { # of this clone, whether or not it is installed
-    PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" python -m lslora_fairseq.cli "$@"
+    PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" python -m lslora "$@"
 }
 
 # train NAME SETTING=VALUE... : a run of finetune.sh with some settings of its own

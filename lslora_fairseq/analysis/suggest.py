@@ -4,8 +4,7 @@ import heapq
 import re
 from dataclasses import astuple, dataclass, fields
 
-from lslora_fairseq.analysis import tables, trained
-from lslora_fairseq.analysis.survivors import read_demand
+from lslora_fairseq.analysis import tables
 from lslora_fairseq.errors import ConfigError
 from lslora_fairseq.lora.plan import MODULES
 
@@ -206,6 +205,8 @@ def add_arguments(parser):
 
 def run(args):
     """Prints the suggestion; returns the exit status."""
+    from lslora_fairseq.analysis import survivors, trained  # not for --help: torch takes seconds
+
     budget = parse_budget(args.budget)
     checkpoint = trained.read(args.checkpoint)
     if checkpoint.plan.weight_learning:
@@ -216,7 +217,7 @@ def run(args):
         )
     base = checkpoint.base_parameters()
     budget = budget(base)
-    modules, groups = suggest(read_demand(checkpoint), budget, args.per)
+    modules, groups = suggest(survivors.read_demand(checkpoint), budget, args.per)
     print(FORMATS[args.format](Suggestion(modules, groups, budget, base)))
     return 0
 

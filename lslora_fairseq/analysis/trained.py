@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from lslora_fairseq.checkpoints import read_checkpoint
+from lslora_fairseq.checkpoints import allow_fairseq_checkpoints, read_checkpoint
 from lslora_fairseq.config import AdapterPlan, LSLoConfig, resolve
 from lslora_fairseq.errors import ConfigError, listed
+from lslora_fairseq.keys import EMBEDDINGS, is_adapter_key
 from lslora_fairseq.lora.plan import MODULES
-from lslora_fairseq.models.loading import EMBEDDINGS, is_adapter_key
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ def read(path):
     """
     if not os.path.isfile(path):
         raise ConfigError(f"{path}: no such file: name a checkpoint that fairseq-train wrote")
+    allow_fairseq_checkpoints()
     options, weights = read_checkpoint(path)
     if options.get("lora_tiers") is None or not any(map(is_adapter_key, weights)):
         raise ConfigError(

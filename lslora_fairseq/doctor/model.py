@@ -11,7 +11,7 @@ from fairseq.models import ARCH_CONFIG_REGISTRY
 from lslora_fairseq import unsupported
 from lslora_fairseq.doctor.memory import Shape
 from lslora_fairseq.errors import ConfigError, UserError
-from lslora_fairseq.models.loading import EMBEDDINGS
+from lslora_fairseq.keys import EMBEDDINGS
 from lslora_fairseq.models.lslora_transformer import LSLoTransformerModel
 from lslora_fairseq.tasks.translation_multi_lslora import restore_lora_options
 

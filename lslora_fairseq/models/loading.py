@@ -7,13 +7,8 @@ import torch
 from fairseq.data.multilingual.multilingual_utils import get_lang_tok
 
 from lslora_fairseq.errors import ConfigError
+from lslora_fairseq.keys import is_adapter_key
 
-# what has a row for each symbol; a model may share them
-EMBEDDINGS = (
-    "encoder.embed_tokens.weight",
-    "decoder.embed_tokens.weight",
-    "decoder.output_projection.weight",
-)
 SPECIALS = 4  # fairseq's <s> <pad> </s> <unk> come before the lines of a dictionary
 
 
@@ -109,12 +104,6 @@ def take_rows(own, found, matched):
     """
     known = (matched >= 0).unsqueeze(1)
     return torch.where(known, found[matched.clamp(min=0)], own.to(found.dtype))
-
-
-def is_adapter_key(key):
-    """Whether a state dict key belongs to adapters or to the weights of their sides (its last but
-    one part is matched whole)."""
-    return key.split(".")[-2:-1] in [["source_adapters"], ["target_adapters"], ["side_weights"]]
 
 
 def check_keys(own, found, source, arch):

@@ -40,7 +40,7 @@ class PrunedOptimizer(FairseqOptimizer):
                 params,
                 lambda masters: build(args, masters).optimizer,
                 elementwise,
-                {k: v for k, v in vars(pruning).items() if not k.startswith("_")},
+                vars(pruning),
             )
         self.sparsity = None  # share last applied
 
@@ -61,7 +61,7 @@ class PrunedOptimizer(FairseqOptimizer):
             gen_parser_from_dataclass(parser, dataclass())
         else:
             OPTIMIZER_REGISTRY[cls.inner].add_args(parser)
-        gen_parser_from_dataclass(parser, PruningConfig())
+        PruningConfig.add_options(parser)
         # flattened, the languages could not be told apart
         parser.set_defaults(fp16_no_flatten_grads=True)
 
