@@ -34,17 +34,17 @@ show() {
     echo
 }
 
-# found OPTION : its value in the files of flags, one word a line, that lslora wrote
+# found NAME OPTION : its value in NAME.flags, one word a line, which lslora wrote
 found() {
-    sed -n "/^$1\$/{n;p;}" "$LEARNED"/*.flags
+    sed -n "/^$2\$/{n;p;}" "$LEARNED/$1.flags"
 }
 
 train weight_learning WEIGHT_LEARNING=yes FINAL_SPARSITY=0
 checkpoint="$LEARNED/weight_learning/checkpoint_last.pt"
 show "$LEARNED/sides.txt" lslora sides "$checkpoint"
 lslora sides "$checkpoint" --format flags >"$LEARNED/sides.flags"
-ENCODER_SIDES="$(found --encoder-index-side)"
-DECODER_SIDES="$(found --decoder-index-side)"
+ENCODER_SIDES="$(found sides --encoder-index-side)"
+DECODER_SIDES="$(found sides --decoder-index-side)"
 
 train estimation ENCODER_SIDES="$ENCODER_SIDES" DECODER_SIDES="$DECODER_SIDES" PRUNING_SCOPE=layer
 checkpoint="$LEARNED/estimation/checkpoint_last.pt"
@@ -52,9 +52,9 @@ show "$LEARNED/demand.txt" lslora demand "$checkpoint" --plot "$LEARNED/demand.p
 lslora demand "$checkpoint" --format json >"$LEARNED/demand.json"
 show "$LEARNED/suggestion.txt" lslora suggest "$checkpoint" --budget "$BUDGET"
 lslora suggest "$checkpoint" --budget "$BUDGET" --format flags >"$LEARNED/suggestion.flags"
-RANKS="$(found --lora-rank)"
-ENCODER_MODULES="$(found --encoder-target-modules)"
-DECODER_MODULES="$(found --decoder-target-modules)"
+RANKS="$(found suggestion --lora-rank)"
+ENCODER_MODULES="$(found suggestion --encoder-target-modules)"
+DECODER_MODULES="$(found suggestion --decoder-target-modules)"
 
 SAVE_DIR="$WORK/finetuned_learned"
 RESULTS="$WORK/results_learned"
