@@ -10,7 +10,8 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["lslora_fairseq", "lslora_fairseq.*"]),
-    entry_points={"console_scripts": ["lslora = lslora_fairseq.cli:main"]},
+    py_modules=["lslora"],
+    entry_points={"console_scripts": ["lslora = lslora:main"]},
     python_requires=">=3.10,<3.13",
     install_requires=[
         "torch>=2.2",

@@ -1,15 +1,15 @@
 """Language-specific LoRA for multilingual machine translation: a fairseq ``--user-dir`` package.
 
-Importing it registers the model, the task and the optimizers with fairseq. The core (``lora/``,
-``pruning/``) and ``lslora doctor`` also work where fairseq is not installed or cannot be imported.
+Importing it registers the model, the task and the optimizers with fairseq; only the console command
+``lslora`` leaves that to those of its subcommands that need it. The core (``lora/``, ``pruning/``)
+and ``lslora doctor`` also work where fairseq is not installed or cannot be imported.
 """
 
-try:
-    import fairseq
-except Exception:  # whatever ails it; lslora doctor tells
-    fairseq = None
+import sys
 
-if fairseq is not None:
+
+def register():
+    """Registers the model, the task and the optimizers, and mends fairseq's checkpoint files."""
     from lslora_fairseq import checkpoints, models, optim, tasks  # noqa: F401
 
     checkpoints.allow_fairseq_checkpoints()
@@ -17,3 +17,12 @@ if fairseq is not None:
     checkpoints.copy_checkpoints_atomically()
     checkpoints.report_unwritable_save_dir()
     checkpoints.tell_what_is_loaded()
+
+
+if not getattr(sys.modules.get("lslora"), "IS_CONSOLE_COMMAND", False):
+    try:
+        import fairseq  # noqa: F401
+    except Exception:  # whatever ails it; lslora doctor tells
+        pass
+    else:
+        register()

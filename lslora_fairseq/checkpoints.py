@@ -11,10 +11,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
-from fairseq import checkpoint_utils
-from fairseq.distributed import utils as distributed_utils
-from fairseq.file_io import PathManager
-from fairseq.trainer import Trainer
 from omegaconf import OmegaConf
 
 from lslora_fairseq.errors import ConfigError, one_line_errors
@@ -38,6 +34,8 @@ def receive_checkpoints_from_own_processes():
     fairseq reads it on the first process and sends the others pickled objects beyond what the
     safe loader accepts; they come from a process of the same run.
     """
+    from fairseq.distributed import utils as distributed_utils
+
     send = distributed_utils._broadcast_object_slow
     if getattr(send, "trusting", False):
         return
@@ -63,6 +61,8 @@ def copy_checkpoints_atomically():
     fairseq writes ``checkpoint3.pt`` and copies it over ``checkpoint_last.pt``: a run killed
     during that copy could not be resumed.
     """
+    from fairseq.file_io import PathManager
+
     copy = PathManager.copy
     if getattr(copy, "atomic", False):
         return
@@ -81,6 +81,8 @@ def copy_checkpoints_atomically():
 
 def report_unwritable_save_dir():
     """A save directory that cannot be written, or a full disk, is told in one line."""
+    from fairseq import checkpoint_utils
+
     for name in ("verify_checkpoint_directory", "save_checkpoint"):
         function = getattr(checkpoint_utils, name)
         if not getattr(function, "reporting", False):
@@ -112,7 +114,7 @@ def _reporting(write):
 @contextmanager
 def _without_logged_tracebacks():
     """fairseq logs the traceback of a failed write before it raises the error that we report."""
-    logger = logging.getLogger(checkpoint_utils.__name__)
+    logger = logging.getLogger("fairseq.checkpoint_utils")
 
     def short(record):
         wanted = os.environ.get("LSLORA_TRACEBACK")
@@ -185,6 +187,8 @@ def chosen_checkpoint(args):
         path of the file (which need not exist), and whether training starts afresh from it, with
         a new optimizer; otherwise it goes on
     """
+    from fairseq import checkpoint_utils
+
     asked = _Asked(getattr(args, "checkpoint_suffix", None) or "")
     logger = logging.getLogger(checkpoint_utils.__name__)
     logger.addFilter(_nothing)
@@ -220,6 +224,8 @@ being_loaded = ContextVar("lslora_being_loaded", default=None)  # path, or None
 def tell_what_is_loaded():
     """While fairseq's trainer loads a checkpoint, :data:`being_loaded` tells which; a task that
     asks for it learns that training starts afresh from one."""
+    from fairseq.trainer import Trainer
+
     load = Trainer.load_checkpoint
     if getattr(load, "telling", False):
         return

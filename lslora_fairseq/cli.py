@@ -55,9 +55,7 @@ def main(argv=None):
         level=logging.WARNING, stream=sys.stderr, format="%(levelname)s: %(message)s", force=True
     )
     parser = build_parser(argv[0] if argv else None)
-    args, unknown = parser.parse_known_args(argv)
-    if unknown and not getattr(args, "ignore_unknown", False):
-        parser.error(f"unknown arguments: {' '.join(unknown)}")
+    args = parser.parse_args(argv)
     with one_line_errors():
         try:
             status = args.run(args)

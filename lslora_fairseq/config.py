@@ -3,9 +3,7 @@
 import math
 from collections import Counter
 from dataclasses import dataclass, field, fields
-from typing import Optional
-
-from fairseq.dataclass import FairseqDataclass
+from typing import Optional, get_args
 
 from lslora_fairseq.errors import ConfigError
 from lslora_fairseq.languages import Languages
@@ -23,8 +21,30 @@ def _option(default, text):
     return field(default=default, metadata={"help": text})
 
 
+class Options:
+    """A dataclass of options. fairseq's own takes seconds to import, and may be broken where
+    ``lslora doctor`` is to tell."""
+
+    @classmethod
+    def add_options(cls, parser, defaults=True):
+        """Adds an option for each field; without *defaults*, what is not given is not set by us."""
+        for option in fields(cls):
+            (kind, *_) = get_args(option.type) or (option.type,)  # of Optional[kind]
+            how = {"action": "store_true"} if kind is bool else {"type": kind}
+            if defaults:
+                how["default"] = option.default
+            name = f"--{option.name.replace('_', '-')}"
+            parser.add_argument(name, help=option.metadata["help"], **how)
+
+    @classmethod
+    def from_namespace(cls, args):
+        """The options that *args* has, others at their defaults."""
+        names = [option.name for option in fields(cls)]
+        return cls(**{name: getattr(args, name) for name in names if hasattr(args, name)})
+
+
 @dataclass
-class LSLoConfig(FairseqDataclass):
+class LSLoConfig(Options):
     """Where the adapters sit and how large they are; saved with every checkpoint."""
 
     lora_tiers: Optional[str] = _option(
@@ -81,11 +101,11 @@ class LSLoConfig(FairseqDataclass):
     )
 
 
-LORA_FIELDS = tuple(f.name for f in fields(LSLoConfig) if not f.name.startswith("_"))
+LORA_FIELDS = tuple(f.name for f in fields(LSLoConfig))
 
 
 @dataclass
-class PruningConfig(FairseqDataclass):
+class PruningConfig(Options):
     """The gradual pruning schedule of the ``pruned_*`` optimizers (method, section 4)."""
 
     pruning_final_sparsity: float = _option(

@@ -13,8 +13,8 @@ import torch
 from fairseq.data.multilingual.multilingual_utils import augment_dictionary
 
 from lslora_fairseq.errors import ConfigError, listed
+from lslora_fairseq.keys import RECORD
 
-RECORD = "lslora_record"  # its key in a state dict
 VERSION = 1
 
 

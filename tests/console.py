@@ -44,7 +44,7 @@ def lslora(*args, **kwargs):
     """Runs the command ``lslora`` of this tree, whether or not it is installed; as :func:`run`."""
     path = os.pathsep.join([*kwargs.pop("first_on_path", []), str(ROOT)])
     kwargs = {"PYTHONPATH": path, "PYTHONWARNINGS": "ignore", **kwargs}
-    return run(sys.executable, "-m", "lslora_fairseq.cli", *args, **kwargs)
+    return run(sys.executable, "-m", "lslora", *args, **kwargs)
 
 
 def train_args(corpus, save_dir, *more, task="translation_multi_lslora", langs=LANGS):

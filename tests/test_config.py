@@ -1,7 +1,7 @@
 """The options: defaults, validation against a model, the table, the pruning schedule."""
 
 import re
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 
 import pytest
 
@@ -243,6 +243,19 @@ def test_a_schedule_that_ends_after_the_run_is_warned_about(options, max_epoch, 
             "--pruning-final-sparsity 0.9 is not reached; lower --pruning-begin or "
             "--pruning-duration, or train longer"
         )
+
+
+def test_every_field_is_an_option_of_its_type():
+    parser = ArgumentParser()
+    PruningConfig.add_options(parser)
+    LSLoConfig.add_options(parser, defaults=False)
+    words = "--pruning-begin 3 --pruning-final-sparsity .5 --lora-rank 2 --lora-weight-learning"
+    args = parser.parse_args([*words.split(), "--lora-dropout", "0.1", "--encoder-lora-layers=1"])
+    assert (args.pruning_begin, args.pruning_final_sparsity, args.pruning_duration) == (3, 0.5, 10)
+    assert (args.lora_rank, args.lora_dropout, args.encoder_lora_layers) == ("2", 0.1, "1")
+    assert args.lora_weight_learning is True
+    assert args.lora_shape is args.lora_tiers is None  # not given
+    assert set(LORA_FIELDS) < set(vars(args))
 
 
 def test_configs_are_read_from_a_namespace_of_all_options():

@@ -247,7 +247,8 @@ def test_a_disk_that_is_nearly_full(monkeypatch, times, status):
 
 def test_the_exit_status_counts_errors_alone(monkeypatch, capsys):
     monkeypatch.setattr(doctor.versions, "check", lambda found: [Line("warning", "a", "b", "c")])
-    monkeypatch.setattr(doctor, "_installed", lambda: SimpleNamespace(import_error="broken"))
+    broken = SimpleNamespace(import_error="broken")
+    monkeypatch.setattr(doctor.versions, "installed", lambda: broken)
     assert doctor.run(SimpleNamespace(format="table")) == 0
     assert "0 ok, 1 warning, 0 errors" in capsys.readouterr().out
     monkeypatch.setattr(doctor.versions, "check", lambda found: [Line("error", "a", "b", "c")])

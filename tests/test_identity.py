@@ -8,7 +8,8 @@ import torch
 from toy import OPTIONS, batch, build, dictionary, set_adapters, task
 
 from lslora_fairseq.errors import ConfigError, UserError
-from lslora_fairseq.identity import RECORD, Identity, describe
+from lslora_fairseq.identity import Identity, describe
+from lslora_fairseq.keys import RECORD
 from lslora_fairseq.lora.adapters import LayerAdapters
 from lslora_fairseq.models.lslora_transformer import LSLoTransformerModel
 

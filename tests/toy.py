@@ -7,7 +7,7 @@ import torch
 from fairseq.data import Dictionary
 from fairseq.models.transformer import TransformerModel
 
-from lslora_fairseq.models.loading import is_adapter_key
+from lslora_fairseq.keys import is_adapter_key
 from lslora_fairseq.models.lslora_transformer import LSLoTransformerModel
 
 CODES = ("de", "en", "fr", "ja")

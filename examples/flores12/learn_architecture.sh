@@ -18,7 +18,7 @@ mkdir -p "$LEARNED"
 lock "$LEARNED"
 
 lslora() { # of this clone, whether or not it is installed
-    PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" python -m lslora_fairseq.cli "$@"
+    PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" python -m lslora "$@"
 }
 
 # train NAME SETTING=VALUE... : a run of finetune.sh with some settings of its own
@@ -35,7 +35,7 @@ show() {
     echo
 }
 
-# found FILE OPTION : its value in a file of flags, one word a line, that lslora wrote
+# found NAME OPTION : its value in NAME.flags, one word a line, which lslora wrote
 found() {
     sed -n "/^$2\$/{n;p;}" "$LEARNED/$1.flags"
 }

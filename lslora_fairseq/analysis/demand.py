@@ -1,7 +1,6 @@
 """``lslora demand``: how much of its adapters each language needs, and where (section 5)."""
 
-from lslora_fairseq.analysis import plot, tables, trained
-from lslora_fairseq.analysis.survivors import read_demand
+from lslora_fairseq.analysis import tables
 from lslora_fairseq.lora.plan import MODULES
 
 EXAMPLES = """\
@@ -35,10 +34,13 @@ def add_arguments(parser):
 
 def run(args):
     """Prints the demand, draws it if asked to; returns the exit status."""
+    # not for --help: torch takes seconds
+    from lslora_fairseq.analysis import plot, survivors, trained
+
     if args.plot:
         plot.check(args.plot)
     checkpoint = trained.read(args.checkpoint)
-    demand = read_demand(checkpoint)
+    demand = survivors.read_demand(checkpoint)
     if args.plot:
         plot.save(plot.figure(demand), args.plot)
     print(FORMATS[args.format](demand))

@@ -4,7 +4,7 @@ from dataclasses import astuple, dataclass, fields
 from itertools import groupby
 from typing import Optional
 
-from lslora_fairseq.analysis import tables, trained
+from lslora_fairseq.analysis import tables
 from lslora_fairseq.errors import ConfigError
 from lslora_fairseq.lora.plan import MODULES, SIDES
 
@@ -122,6 +122,8 @@ def add_arguments(parser):
 
 def run(args):
     """Prints the sides; returns the exit status."""
+    from lslora_fairseq.analysis import trained  # not for --help: torch takes seconds
+
     print(FORMATS[args.format](learned_sides(trained.read(args.checkpoint))))
     return 0
 

@@ -1,13 +1,15 @@
 """``lslora suggest``: ranks and modules for a budget of parameters, from the demand (section 5)."""
 
 import heapq
+import logging
 import re
 from dataclasses import astuple, dataclass, fields
 
-from lslora_fairseq.analysis import tables, trained
-from lslora_fairseq.analysis.survivors import read_demand
+from lslora_fairseq.analysis import tables
 from lslora_fairseq.errors import ConfigError
 from lslora_fairseq.lora.plan import MODULES
+
+logger = logging.getLogger(__name__)
 
 KEPT_FROM = 0.5  # of the stack's share
 
@@ -30,7 +32,8 @@ The rule:
      its languages. Every tier (or language) starts at rank 1; then the one with the largest demand
      / (2 rank + 1) gets one more rank, over and over, until the next does not fit the budget.
      This is Webster's way to give out seats: ranks in proportion to demand.
-Layers with adapters, index sides and shape are those of the checkpoint.
+Tiers, layers with adapters, index sides and shape are those of the checkpoint, and among the flags,
+since the number of parameters rests on them. --lora-alpha is not: it belongs to training.
 """
 
 
@@ -73,12 +76,19 @@ class Group:
 
 @dataclass(frozen=True)
 class Suggestion:
-    """What to train next; *base* and *budget* are numbers of parameters."""
+    """What to train next.
+
+    Attributes:
+        modules, groups: lists of :class:`Module` and :class:`Group`
+        budget, base: numbers of parameters
+        kept: what stays as it is in the checkpoint: option -> value
+    """
 
     modules: list
     groups: list
     budget: int
     base: int
+    kept: dict
 
     @property
     def used(self):
@@ -86,12 +96,34 @@ class Suggestion:
 
     @property
     def flags(self):
-        """option -> value for the next fairseq-train."""
+        """option -> value for the next fairseq-train: all that :attr:`used` rests on."""
         flags = {"--lora-rank": ",".join(f"{g.name}={g.rank}" for g in self.groups)}
         for stack in MODULES:
             kept = [m.module for m in self.modules if m.kept and m.stack == stack]
             flags[f"--{stack}-target-modules"] = ",".join(kept) or "none"
-        return flags
+        return {**flags, **self.kept}
+
+
+def kept_options(checkpoint):
+    """What the next run takes over from the checkpoint: option -> value."""
+    config = checkpoint.config
+    kept = {"--lora-tiers": config.lora_tiers, "--lora-shape": config.lora_shape}
+    for stack, layers in checkpoint.layers.items():
+        chosen = getattr(config, f"{stack}_lora_layers") or f"0-{layers - 1}"
+        kept[f"--{stack}-lora-layers"] = chosen
+        kept[f"--{stack}-index-side"] = getattr(config, f"{stack}_index_side")
+    return kept
+
+
+def alpha_warning(checkpoint):
+    """One line if the checkpoint's adapters were scaled, else None."""
+    if checkpoint.plan.alphas == checkpoint.plan.ranks:
+        return None
+    return (
+        f"{checkpoint.path} was trained with --lora-alpha {checkpoint.config.lora_alpha}, which is "
+        "not among the flags: it belongs to training, like the learning rate, and scales adapters "
+        "by alpha / rank, so that another rank may want another alpha"
+    )
 
 
 def judge_modules(demand):
@@ -206,6 +238,8 @@ def add_arguments(parser):
 
 def run(args):
     """Prints the suggestion; returns the exit status."""
+    from lslora_fairseq.analysis import survivors, trained  # not for --help: torch takes seconds
+
     budget = parse_budget(args.budget)
     checkpoint = trained.read(args.checkpoint)
     if checkpoint.plan.weight_learning:
@@ -216,8 +250,12 @@ def run(args):
         )
     base = checkpoint.base_parameters()
     budget = budget(base)
-    modules, groups = suggest(read_demand(checkpoint), budget, args.per)
-    print(FORMATS[args.format](Suggestion(modules, groups, budget, base)))
+    modules, groups = suggest(survivors.read_demand(checkpoint), budget, args.per)
+    warning = alpha_warning(checkpoint)
+    if warning:
+        logger.warning(warning)
+    kept = kept_options(checkpoint)
+    print(FORMATS[args.format](Suggestion(modules, groups, budget, base, kept)))
     return 0
 
 
@@ -262,7 +300,11 @@ def _json(suggestion):
 
 
 def _csv(suggestion):
-    return tables.csv_text([f.name for f in fields(Group)], map(astuple, suggestion.groups))
+    """A row for each group, with the flags that all rows rest on."""
+    flags = {name: value for name, value in suggestion.flags.items() if name != "--lora-rank"}
+    header = [f.name for f in fields(Group)] + list(flags)
+    rows = [(*astuple(group), *flags.values()) for group in suggestion.groups]
+    return tables.csv_text(header, rows)
 
 
 FORMATS = {

@@ -145,7 +145,7 @@ def measure(checkpoint):
     )
     for key, sites in progress:
         columns, width_A = adapter_columns(sites)
-        mask = checkpoint.weights[f"{key}.mask"]
+        mask = checkpoint.kept(key)
         for site in sites:
             per_row = mask[:, columns[site.module][1]].sum(1)
             kept[site] = torch.zeros_like(ranks).index_add_(0, language_of_row, per_row).numpy()

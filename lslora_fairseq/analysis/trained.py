@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from lslora_fairseq.checkpoints import read_checkpoint
+from lslora_fairseq.checkpoints import allow_fairseq_checkpoints, read_checkpoint
 from lslora_fairseq.config import AdapterPlan, LSLoConfig, resolve
 from lslora_fairseq.errors import ConfigError, listed
+from lslora_fairseq.keys import EMBEDDINGS, RECORD, is_adapter_key
 from lslora_fairseq.lora.plan import MODULES
-from lslora_fairseq.models.loading import EMBEDDINGS, is_adapter_key
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Trained:
         options: what it was trained with, by name
         weights: its state dict, memory-mapped
         layers: stack -> number of layers
+        config: the :class:`LSLoConfig` among the options, defaults filled in
         plan: its :class:`AdapterPlan`
     """
 
@@ -30,6 +31,7 @@ class Trained:
     options: dict
     weights: dict
     layers: dict
+    config: LSLoConfig
     plan: AdapterPlan
 
     def adapters(self):
@@ -37,9 +39,25 @@ class Trained:
         they serve, in the order of their columns."""
         return _by_adapters(self.plan)
 
+    def kept(self, key):
+        """Which entries of a layer's adapters pruning has left.
+
+        Args:
+            key: one of :meth:`adapters`
+
+        Returns:
+            (ranks of all languages, columns) bool
+        """
+        name, removed = _mask(self.weights, key)
+        return self.weights[name] == (0 if removed else 1)
+
     def base_parameters(self):
         """Parameters of the frozen base model; shared embeddings count once."""
-        base = {k: w for k, w in self.weights.items() if not is_adapter_key(k)}
+        base = {
+            key: weight
+            for key, weight in self.weights.items()
+            if weight.is_floating_point() and not is_adapter_key(key)
+        }
         embeddings = []
         for key in EMBEDDINGS:
             # a checkpoint from a GPU holds a copy of what the model shares
@@ -62,18 +80,20 @@ def read(path):
     """
     if not os.path.isfile(path):
         raise ConfigError(f"{path}: no such file: name a checkpoint that fairseq-train wrote")
+    allow_fairseq_checkpoints()
     options, weights = read_checkpoint(path)
     if options.get("lora_tiers") is None or not any(map(is_adapter_key, weights)):
         raise ConfigError(
             f"{path} has no adapters: name a checkpoint that was trained with --arch lslora_…"
         )
     layers, dims = _sizes(path, weights)
+    config = LSLoConfig.from_namespace(Namespace(**options))
     try:
-        plan = resolve(LSLoConfig.from_namespace(Namespace(**options)), layers, dims)
+        plan = resolve(config, layers, dims)
     except ConfigError as error:
         raise ConfigError(f"{path} holds options that do not fit its weights: {error}") from None
     _check_fit(path, weights, plan)
-    return Trained(path, options, weights, layers, plan)
+    return Trained(path, options, weights, layers, config, plan)
 
 
 def _sizes(path, weights):
@@ -102,18 +122,29 @@ def _by_adapters(plan):
     return found
 
 
+def _mask(weights, key):
+    """The key of the mask of a layer's adapters, and whether it marks what was removed; the other
+    kind, of older checkpoints, marks what is kept."""
+    name = f"{key}.pruned"
+    return (name, True) if name in weights else (f"{key}.mask", False)
+
+
 def _check_fit(path, weights, plan):
     """Raises ConfigError unless the adapters are those of the plan, shape by shape."""
     expected = {}
     for key, sites in _by_adapters(plan).items():
         features = sum(site.in_features + site.out_features for site in sites)
-        expected[f"{key}.pruned"] = sum(plan.ranks), features
+        expected[_mask(weights, key)[0]] = sum(plan.ranks), features
         for code, rank in zip(plan.languages.codes, plan.ranks):
             expected[f"{key}.lora_{code}"] = rank, features
         if plan.weight_learning:
             layer = key.rpartition(".")[0]
             expected[f"{layer}.side_weights.logits"] = 1, 2
-    found = {key: tuple(w.shape) for key, w in weights.items() if is_adapter_key(key)}
+    found = {
+        key: tuple(weight.shape)
+        for key, weight in weights.items()
+        if is_adapter_key(key) and key != RECORD
+    }
     wrong = [
         f"{key}: {found.get(key, 'missing')} instead of {expected.get(key, 'none')}"
         for key in {**expected, **found}

@@ -1,12 +1,13 @@
 """``lslora doctor``: what would go wrong in a run, told before it starts.
 
 This file and ``versions.py`` work where fairseq cannot be imported; the rest is imported only
-once it can.
+once it can, and not for ``--help``.
 """
 
 import argparse
-from functools import cache
 
+import lslora_fairseq
+from lslora_fairseq.config import LSLoConfig
 from lslora_fairseq.doctor import versions
 from lslora_fairseq.doctor.report import ERROR, Report
 
@@ -23,11 +24,6 @@ examples:
 
 Exit status: 0 without an error line, 1 with one; warnings do not count.
 """
-
-
-@cache
-def _installed():
-    return versions.installed()
 
 
 def add_arguments(parser):
@@ -66,19 +62,8 @@ def add_arguments(parser):
             help="precision (default: fp32)",
         )
     parser.set_defaults(precision="fp32")
-    _add_lora_options(parser)
-
-
-def _add_lora_options(parser):
-    if _installed().import_error is not None:  # only the versions will be checked
-        parser.set_defaults(ignore_unknown=True)
-        return
-    from fairseq.dataclass.utils import gen_parser_from_dataclass
-
-    from lslora_fairseq.config import LSLoConfig
-
     group = parser.add_argument_group("adapters, as for fairseq-train")
-    gen_parser_from_dataclass(group, LSLoConfig(), delete_default=True)
+    LSLoConfig.add_options(group, defaults=False)
 
 
 def _codes(text):
@@ -94,8 +79,10 @@ def _positive(text):
 
 def run(args):
     """Prints the report; returns the exit status."""
-    report = Report(versions.check(_installed()))
-    if _installed().import_error is None:
+    installed = versions.installed()
+    report = Report(versions.check(installed))
+    if installed.import_error is None:
+        lslora_fairseq.register()
         from lslora_fairseq.doctor.checks import run_checks
         from lslora_fairseq.doctor.inputs import Inputs
 

@@ -11,8 +11,7 @@ from fairseq.models import ARCH_CONFIG_REGISTRY
 from lslora_fairseq import unsupported
 from lslora_fairseq.doctor.memory import Shape
 from lslora_fairseq.errors import ConfigError, UserError
-from lslora_fairseq.identity import RECORD
-from lslora_fairseq.models.loading import EMBEDDINGS
+from lslora_fairseq.keys import EMBEDDINGS, RECORD
 from lslora_fairseq.models.lslora_transformer import LSLoTransformerModel
 from lslora_fairseq.tasks.options import restore_lora_options
 

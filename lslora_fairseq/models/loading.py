@@ -3,15 +3,9 @@
 import torch
 
 from lslora_fairseq.errors import ConfigError
-from lslora_fairseq.identity import RECORD
+from lslora_fairseq.keys import is_adapter_key
 from lslora_fairseq.lora.adapters import PRUNED
 
-# what has a row for each symbol; a model may share them
-EMBEDDINGS = (
-    "encoder.embed_tokens.weight",
-    "decoder.embed_tokens.weight",
-    "decoder.output_projection.weight",
-)
 SPECIALS = 4  # fairseq's <s> <pad> </s> <unk> come before the lines of a dictionary
 
 
@@ -68,13 +62,6 @@ def take_rows(own, found, matched):
     """
     known = (matched >= 0).unsqueeze(1)
     return torch.where(known, found[matched.clamp(min=0)], own.to(found.dtype))
-
-
-def is_adapter_key(key):
-    """Whether a state dict key is one that a stock model lacks: of adapters, of the weights of
-    their sides (its last but one part is matched whole), or the record of what they are."""
-    parts = key.split(".")[-2:-1]
-    return key == RECORD or parts in [["source_adapters"], ["target_adapters"], ["side_weights"]]
 
 
 def rename_masks(state_dict):

@@ -4,7 +4,6 @@ import itertools
 import logging
 
 import torch
-from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.models import register_model
 from fairseq.models.transformer import TransformerConfig, TransformerModel
 from fairseq.tasks import FairseqTask
@@ -12,21 +11,15 @@ from fairseq.tasks import FairseqTask
 from lslora_fairseq.checkpoints import being_loaded, read_args
 from lslora_fairseq.config import LORA_FIELDS, LSLoConfig, resolve
 from lslora_fairseq.errors import ConfigError, listed, one_line_errors
-from lslora_fairseq.identity import RECORD, Identity, describe
+from lslora_fairseq.identity import Identity, describe
+from lslora_fairseq.keys import EMBEDDINGS, RECORD, is_adapter_key
 from lslora_fairseq.lora.adapters import LayerAdapters, SideWeights
 from lslora_fairseq.lora.linear import LSLoLinear
 from lslora_fairseq.lora.merge import merged
 from lslora_fairseq.lora.plan import MODULES, SIDES
 from lslora_fairseq.lora.routing import AdapterLayout
 from lslora_fairseq.models.layers import FUSED_COPIES
-from lslora_fairseq.models.loading import (
-    EMBEDDINGS,
-    check_keys,
-    is_adapter_key,
-    match_rows,
-    rename_masks,
-    take_rows,
-)
+from lslora_fairseq.models.loading import check_keys, match_rows, rename_masks, take_rows
 from lslora_fairseq.models.stacks import LSLoTransformerDecoder, LSLoTransformerEncoder
 from lslora_fairseq.unsupported import refuse_unsupported
 
@@ -40,7 +33,7 @@ class LSLoTransformerModel(TransformerModel):
     @classmethod
     def add_args(cls, parser):
         super().add_args(parser)
-        gen_parser_from_dataclass(parser, LSLoConfig(), delete_default=True)
+        LSLoConfig.add_options(parser, defaults=False)
 
     @classmethod
     def build_model(cls, args, task):

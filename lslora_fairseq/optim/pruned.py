@@ -38,7 +38,7 @@ class PrunedOptimizer(FairseqOptimizer):
                 params,
                 lambda groups: build(args, groups).optimizer,
                 self.inner not in MATRIX_OPTIMIZERS,
-                {k: v for k, v in vars(pruning).items() if not k.startswith("_")},
+                vars(pruning),
             )
         self._step = None  # of the schedule, last seen
         self._share = None  # applied by this object; masks may have another
@@ -60,7 +60,7 @@ class PrunedOptimizer(FairseqOptimizer):
             gen_parser_from_dataclass(parser, dataclass())
         else:
             OPTIMIZER_REGISTRY[cls.inner].add_args(parser)
-        gen_parser_from_dataclass(parser, PruningConfig())
+        PruningConfig.add_options(parser)
         # flattened, the languages could not be told apart
         parser.set_defaults(fp16_no_flatten_grads=True)
 

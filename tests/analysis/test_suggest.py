@@ -1,5 +1,6 @@
 """``lslora suggest``: the rule, by hand."""
 
+import contextlib
 import csv
 import io
 import json
@@ -8,12 +9,73 @@ from argparse import Namespace
 
 import handmade
 import pytest
+import torch
+import toy
 from console import lslora
 from test_demand import NEED, keep, measured
 
 from lslora_fairseq.analysis import suggest
+from lslora_fairseq.cli import build_parser
 from lslora_fairseq.config import LSLoConfig, resolve
 from lslora_fairseq.errors import ConfigError
+
+SQUARE = {
+    "lora_rank": "4",
+    "lora_shape": "square",
+    "encoder_lora_layers": "1,3",
+    "encoder_index_side": "source*2,target*2",
+}
+
+
+def as_options(flags):
+    return {name.removeprefix("--").replace("-", "_"): value for name, value in flags.items()}
+
+
+def pruned_model(folder, **options):
+    """The path of a checkpoint of a toy model of which pruning left about half, at random."""
+    model = toy.set_adapters(toy.build(**options))
+    state = model.state_dict()
+    for key in [key for key in state if key.endswith("_adapters.mask")]:
+        state[key] = torch.rand(state[key].shape) > 0.5
+    saved = Namespace(**{**toy.OPTIONS, **options, "pruning_scope": "layer"})
+    return handmade.save(folder, {"model": state, "args": saved})
+
+
+def suggested(path, *more):
+    args = build_parser("suggest").parse_args(["suggest", path, *more, "--format", "json"])
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        assert args.run(args) == 0
+    return json.loads(output.getvalue())
+
+
+@pytest.mark.parametrize("per", ["tier", "language"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, SQUARE, {"decoder_target_modules": "fc1", "decoder_index_side": "source,target"}],
+)
+def test_a_run_with_the_flags_trains_the_parameters_that_were_promised(tmp_path, options, per):
+    report = suggested(pruned_model(tmp_path, **options), "--budget", "9000", "--per", per)
+    flags = as_options(report["flags"])
+    tiers = flags.pop("lora_tiers")
+    assert tiers == toy.OPTIONS["lora_tiers"]
+    model = toy.build(**flags)
+    assert sum(p.numel() for p in toy.adapters(model)) == report["used"] <= 9000
+    sides = {(site.stack, site.layer, site.side) for site in model.plan.sites}
+    assert sides == {(s.stack, s.layer, s.side) for s in toy.build(**options).plan.sites}
+
+
+def test_alpha_is_not_among_the_flags_and_that_is_said(tmp_path, caplog):
+    report = suggested(pruned_model(tmp_path, lora_rank="4"), "--budget", "9000")
+    assert not caplog.records
+    path = pruned_model(tmp_path, lora_rank="4", lora_alpha="32")
+    assert suggested(path, "--budget", "9000") == report
+    assert caplog.messages == [
+        f"{path} was trained with --lora-alpha 32, which is not among the flags: it belongs to "
+        "training, like the learning rate, and scales adapters by alpha / rank, so that another "
+        "rank may want another alpha"
+    ]
+
 
 # rank 1 of one language: (4 + 4) in a projection, (4 + 8) in fc1 and fc2
 ENCODER, DECODER = 3 * (3 * 8 + 2 * 12), 2 * (6 * 8 + 2 * 12)
@@ -94,7 +156,7 @@ def test_a_stack_that_is_not_adapted_or_all_pruned_gets_none(tmp_path):
             tmp_path, lambda s, code: keep(s, code) * (s.stack == "encoder"), **options
         )
         modules, groups = suggest.suggest(found, 10_000, "tier")
-        flags = suggest.Suggestion(modules, groups, 10_000, BASE).flags
+        flags = suggest.Suggestion(modules, groups, 10_000, BASE, {}).flags
         assert flags["--decoder-target-modules"] == "none"
         assert flags["--encoder-target-modules"].startswith("self_attn.q_proj,")
 
@@ -195,7 +257,9 @@ def test_the_formats_hold_the_same_and_the_flags_are_options(tmp_path):
     assert "WARNING: --pruning-scope language" in err and "WARNING" not in table
     assert words == shlex.split(table.splitlines()[-1])
     assert dict(zip(words[::2], words[1::2])) == report["flags"]
-    assert rows == [{k: str(v) for k, v in group.items()} for group in report["groups"]]
+    flags = {name: value for name, value in report["flags"].items() if name != "--lora-rank"}
+    groups = [{k: str(v) for k, v in group.items()} for group in report["groups"]]
+    assert rows == [{**group, **flags} for group in groups]
     assert (report["base_parameters"], report["budget"]) == (BASE, 5 * BASE // 2)
     lines = table.splitlines()
     assert "decoder encoder_attn.q_proj      0.0%  dropped, below half of 22.7%" in lines
@@ -203,12 +267,7 @@ def test_the_formats_hold_the_same_and_the_flags_are_options(tmp_path):
     used = report["used"]
     assert used == sum(int(row["parameters"]) for row in rows) <= report["budget"]
     assert f"{used:,} of 2,120 parameters, {used / BASE:.2%} of the base model's 848" in lines
-    config = LSLoConfig.from_namespace(
-        Namespace(
-            lora_tiers=handmade.OPTIONS["lora_tiers"],
-            **{k.removeprefix("--").replace("-", "_"): v for k, v in report["flags"].items()},
-        )
-    )
+    config = LSLoConfig.from_namespace(Namespace(**as_options(report["flags"])))
     sizes = {"fc1": (4, 8), "fc2": (8, 4)}
     dims = {module: sizes.get(module, (4, 4)) for module in handmade.MODULES["decoder"]}
     plan = resolve(config, handmade.LAYERS, dict.fromkeys(handmade.LAYERS, dims))

@@ -64,6 +64,22 @@ def test_parameters_of_the_base_are_those_of_the_model(tmp_path, shared):
     assert found.plan.sites == model.plan.sites
 
 
+def test_a_mask_says_what_is_removed_or_in_older_checkpoints_what_is_kept(tmp_path):
+    content = handmade.make(lambda *_: 3)
+    older = trained.read(handmade.save(tmp_path, content)).kept(LAYER)
+    mask = content["model"].pop(f"{LAYER}.mask")
+    assert 0 < mask.sum() < mask.numel()
+    content["model"][f"{LAYER}.pruned"] = (~mask).to(torch.uint8)
+    newer = trained.read(handmade.save(tmp_path, content)).kept(LAYER)
+    assert torch.equal(older, mask) and torch.equal(newer, mask)
+
+
+def test_what_a_checkpoint_says_of_itself_is_no_parameter(tmp_path):
+    plain, record = saved(tmp_path), {"lslora_record": torch.arange(500)}
+    expected = trained.read(plain).base_parameters()
+    assert trained.read(saved(tmp_path, **record)).base_parameters() == expected == 848
+
+
 def test_a_file_that_is_not_there(tmp_path):
     path = tmp_path / "none.pt"
     assert refusal(path) == f"{path}: no such file: name a checkpoint that fairseq-train wrote"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from console import finetune_args, generate_args, lslora, run
 
-from lslora_fairseq.models.loading import is_adapter_key
+from lslora_fairseq.keys import is_adapter_key
 
 
 @pytest.fixture(scope="module")

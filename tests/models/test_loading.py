@@ -9,7 +9,8 @@ from fairseq.data.multilingual.multilingual_utils import augment_dictionary
 
 from lslora_fairseq.errors import ConfigError
 from lslora_fairseq.identity import Identity
-from lslora_fairseq.models.loading import check_keys, is_adapter_key, match_rows, take_rows
+from lslora_fairseq.keys import is_adapter_key
+from lslora_fairseq.models.loading import check_keys, match_rows, take_rows
 
 SPECIALS = ["<s>", "<pad>", "</s>", "<unk>"]
 

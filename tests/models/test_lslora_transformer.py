@@ -8,8 +8,8 @@ from fairseq.sequence_generator import SequenceGenerator
 from torch import nn
 from toy import CODES, batch, build, dictionary, rows, set_adapters, stock
 
+from lslora_fairseq.keys import is_adapter_key
 from lslora_fairseq.lora import routing
-from lslora_fairseq.models.loading import is_adapter_key
 
 PAIRS = [(0, 1), (3, 2), (1, 0), (1, 3), (2, 2), (0, 1), (3, 0), (2, 1)]
 SIDES = [

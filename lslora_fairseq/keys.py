@@ -1,0 +1,18 @@
+"""What the keys of a state dict stand for; needs no fairseq."""
+
+# what has a row for each symbol; a model may share them
+EMBEDDINGS = (
+    "encoder.embed_tokens.weight",
+    "decoder.embed_tokens.weight",
+    "decoder.output_projection.weight",
+)
+
+
+RECORD = "lslora_record"  # what a checkpoint of this package is: see identity.py
+
+
+def is_adapter_key(key):
+    """Whether a state dict key is one that a stock model lacks: of adapters, of the weights of
+    their sides (its last but one part is matched whole), or the record of what they are."""
+    parts = key.split(".")[-2:-1]
+    return key == RECORD or parts in [["source_adapters"], ["target_adapters"], ["side_weights"]]
