@@ -10,7 +10,7 @@ six seconds are saved. How to choose:
   the path (``lslora(first_on_path=...)`` is fresh by itself), workers that are spawned, and, once
   in a test of equal bits, another order of hashes: forks share theirs.
 - ``start(...)``: a command that is watched or killed.
-- ``forkserver.shims(...)``: shell scripts that call console commands by name.
+- ``folder_of_commands()``: shell scripts that call console commands by name.
 
 A test that needs what a training run wrote and only reads it takes a module's fixture, or
 conftest.py's, before it trains a model of its own.
@@ -75,7 +75,12 @@ def start(command, *args, files, fresh=False, **env):
         return subprocess.Popen(argv, env=env, stdin=stdin, stdout=stdout, stderr=stderr)
     argv = argv[1:] if command == sys.executable else argv
     numbers = [file.fileno() for file in files]
-    return forkserver.Process(forkserver.address(), argv, env, numbers)
+    return forkserver.Process(forkserver.folder(), argv, env, numbers)
+
+
+def folder_of_commands():
+    """The folder for PATH with which a shell script runs console commands as :func:`run` does."""
+    return forkserver.shims() if forkserver.AVAILABLE else Path(sys.executable).parent
 
 
 def lslora(*args, first_on_path=(), **kwargs):
