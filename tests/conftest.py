@@ -1,4 +1,4 @@
-"""The corpus and base model that the end-to-end tests share.
+"""The corpus, base model and fine-tuned model that the end-to-end tests share.
 
 The text is real: the translations that the installed packages wtforms and humanize ship.
 """
@@ -12,7 +12,7 @@ import polib
 import pytest
 import sentencepiece
 import torch
-from console import LANGS, run, train_args
+from console import LANGS, finetune_args, run, train_args
 from filelock import FileLock
 
 Corpus = namedtuple("Corpus", "data base spm dictionary text")
@@ -33,22 +33,40 @@ def _messages(lang):
     return found
 
 
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory, worker_id):
-    """Real parallel text of English with German, French and Japanese, binarised, and a base.
+def _shared(tmp_path_factory, worker_id, name, make):
+    """A folder that is made once, by the first of the processes that run the tests.
 
-    Made once, by the first of the processes that run the tests.
+    Args:
+        make: is called with the folder, which tests may read but not change
     """
     shared = tmp_path_factory.getbasetemp()
     if worker_id != "master":  # this process runs a part of the tests
         shared = shared.parent
-    folder = shared / "corpus"
-    with FileLock(shared / "corpus.lock"):
+    folder = shared / name
+    with FileLock(shared / f"{name}.lock"):
         if not (folder / "done").exists():
             folder.mkdir()
-            _make_corpus(folder)
+            make(folder)
             (folder / "done").touch()
-    return _read_corpus(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory, worker_id):
+    """Real parallel text of English with German, French and Japanese, binarised, and a base."""
+    return _read_corpus(_shared(tmp_path_factory, worker_id, "corpus", _make_corpus))
+
+
+@pytest.fixture(scope="session")
+def finetuned(corpus, tmp_path_factory, worker_id):
+    """(checkpoint, stdout of the training) of console.finetune_args without further options."""
+
+    def train(folder):
+        args = finetune_args(corpus, folder / "run")
+        (folder / "stdout").write_text(run("fairseq-train", *args)[1], encoding="utf-8")
+
+    folder = _shared(tmp_path_factory, worker_id, "finetuned", train)
+    return folder / "run" / "checkpoint_last.pt", (folder / "stdout").read_text("utf-8")
 
 
 def _read_corpus(folder):

@@ -1,9 +1,28 @@
-"""Runs the real console commands on the test corpus."""
+"""Runs the real console commands on the test corpus, each in a process of its own.
+
+By default the process is a fork of one that has imported torch and fairseq before (forkserver.py):
+arguments, environment, files, exit status, signals and state are those of any process, and five of
+six seconds are saved. How to choose:
+
+- ``run(...)``, ``lslora(...)``: what a command does, prints, writes or refuses. Nearly every test.
+- ``run(..., fresh=True)``: where starting anew is part of what is tested: imports and their errors,
+  what is printed during them, variables that act on them or on the interpreter, other modules on
+  the path (``lslora(first_on_path=...)`` is fresh by itself), workers that are spawned, and, once
+  in a test of equal bits, another order of hashes: forks share theirs.
+- ``start(...)``: a command that is watched or killed.
+- ``folder_of_commands()``: shell scripts that call console commands by name.
+
+A test that needs what a training run wrote and only reads it takes a module's fixture, or
+conftest.py's, before it trains a model of its own.
+"""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryFile
+
+import forkserver
 
 ROOT = Path(__file__).resolve().parents[1]
 USER_DIR = ROOT / "lslora_fairseq"
@@ -19,31 +38,60 @@ SIZES = (
 LANGTOKS = ["--encoder-langtok", "src", "--decoder-langtok"]
 
 
-def run(command, *args, check=True, stdin=None, **env):
+def run(command, *args, check=True, stdin=None, fresh=False, **env):
     """Runs a console command of this environment; returns (exit status, stdout, stderr).
 
-    Extra keywords are environment variables.
+    Args:
+        command: the name of a console script, or the path of any program
+        check: whether an exit status other than 0 fails the test
+        stdin: text
+        fresh: start Python anew; see above
+        env: environment variables
     """
-    path = Path(sys.executable).parent / command
-    done = subprocess.run(
-        [str(path), *map(str, args)],
-        capture_output=True,
-        text=True,
-        input=stdin,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
-        timeout=300,
-    )
+    with TemporaryFile("w+") as told, TemporaryFile("w+") as said, TemporaryFile("w+") as errors:
+        told.write(stdin or "")
+        told.seek(0)
+        process = start(command, *args, files=(told, said, errors), fresh=fresh, **env)
+        status = process.wait(300)
+        said.seek(0)
+        errors.seek(0)
+        out, err = said.read(), errors.read()
     if check:
-        assert done.returncode == 0, (
-            f"{command} failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-        )
-    return done.returncode, done.stdout, done.stderr
+        assert status == 0, f"{command} failed:\n{out[-3000:]}\n{err[-3000:]}"
+    return status, out, err
 
 
-def lslora(*args, **kwargs):
-    """Runs the command ``lslora`` of this tree, whether or not it is installed; as :func:`run`."""
-    path = os.pathsep.join([*kwargs.pop("first_on_path", []), str(ROOT)])
+def start(command, *args, files, fresh=False, **env):
+    """Starts a command as :func:`run` does, with *files* for stdin, stdout and stderr.
+
+    Returns:
+        an object with ``pid`` and ``wait(timeout)``, as subprocess.Popen has
+    """
+    argv = [str(Path(sys.executable).parent / command), *map(str, args)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
+    is_python = command == sys.executable or os.sep not in command  # console scripts are
+    if fresh or not is_python or not forkserver.AVAILABLE:
+        stdin, stdout, stderr = files
+        return subprocess.Popen(argv, env=env, stdin=stdin, stdout=stdout, stderr=stderr)
+    argv = argv[1:] if command == sys.executable else argv
+    numbers = [file.fileno() for file in files]
+    return forkserver.Process(forkserver.folder(), argv, env, numbers)
+
+
+def folder_of_commands():
+    """The folder for PATH with which a shell script runs console commands as :func:`run` does."""
+    return forkserver.shims() if forkserver.AVAILABLE else Path(sys.executable).parent
+
+
+def lslora(*args, first_on_path=(), **kwargs):
+    """Runs the command ``lslora`` of this tree, whether or not it is installed; as :func:`run`.
+
+    Args:
+        first_on_path: folders with modules that stand in for those of other packages
+    """
+    path = os.pathsep.join([*first_on_path, str(ROOT)])
     kwargs = {"PYTHONPATH": path, "PYTHONWARNINGS": "ignore", **kwargs}
+    kwargs["fresh"] = kwargs.get("fresh", False) or bool(first_on_path)  # imported already
     return run(sys.executable, "-m", "lslora", *args, **kwargs)
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from console import LANGS, TIERS, finetune_args, lslora, run
+from console import LANGS, TIERS, lslora, run
 
 from lslora_fairseq import doctor
 from lslora_fairseq.doctor import checks, memory
@@ -30,13 +30,10 @@ def troubles(lines):
     return {name: line["status"] for name, line in lines.items() if line["status"] != "ok"}
 
 
-@pytest.fixture(scope="module")
-def tuned(corpus, tmp_path_factory):
+@pytest.fixture
+def tuned(finetuned):
     """A checkpoint of this package."""
-    folder = tmp_path_factory.mktemp("tuned")
-    args = finetune_args(corpus, folder, "--max-update", "1", "--disable-validation")
-    run("fairseq-train", *args)
-    return folder / "checkpoint_last.pt"
+    return finetuned[0]
 
 
 def test_without_options_the_versions_and_what_else_there_is():

@@ -10,7 +10,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from console import PAIRS, ROOT, SIZES
+from console import PAIRS, ROOT, SIZES, folder_of_commands
 
 from lslora_fairseq.checkpoints import read_args
 from lslora_fairseq.languages import Languages
@@ -22,7 +22,8 @@ FLORES_CODES = {"en": "eng", "de": "deu", "ja": "jpn"}
 
 def script(name, settings, source=os.devnull, **more):
     """Runs a script of the recipe, after a file of settings; (exit status, stdout, stderr)."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    folders = folder_of_commands(), Path(sys.executable).parent, os.environ["PATH"]
+    path = os.pathsep.join(map(str, folders))
     python = {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         ["bash", "-c", 'source "$1" && bash "$2"', "script", str(source), str(RECIPE / name)],

@@ -31,11 +31,10 @@ def model_of(save_dir):
 
 
 @pytest.fixture(scope="module")
-def fp32(corpus, tmp_path_factory):
+def fp32(finetuned):
     """(the losses of each epoch, the model) of a run without further options."""
-    save_dir = tmp_path_factory.mktemp("fp32")
-    _, out, _ = run("fairseq-train", *finetune_args(corpus, save_dir))
-    return losses(out), model_of(save_dir)
+    checkpoint, out = finetuned
+    return losses(out), model_of(checkpoint.parent)
 
 
 @pytest.mark.parametrize(

@@ -4,17 +4,9 @@ import re
 
 import pytest
 import torch
-from console import LANGS, adapters_in, finetune_args, generate_args, run
+from console import LANGS, adapters_in, generate_args, run
 
 import lslora_fairseq  # noqa: F401  lets torch.load read fairseq's checkpoints
-
-
-@pytest.fixture(scope="module")
-def finetuned(corpus, tmp_path_factory):
-    """(checkpoint, stdout of the training)."""
-    save_dir = tmp_path_factory.mktemp("finetuned")
-    _, out, _ = run("fairseq-train", *finetune_args(corpus, save_dir))
-    return save_dir / "checkpoint_last.pt", out
 
 
 def test_training_logs_the_table_and_the_sparsity(finetuned):
