@@ -221,7 +221,7 @@ def test_workers_that_are_spawned_load_the_same_batches(corpus, tmp_path):
     script.write_text(SPAWNING)
     args = with_option(finetune_args(corpus, tmp_path / "spawned"), "--num-workers", "1")
     args = with_option([*args, "--disable-validation"], "--max-epoch", "1")
-    run(sys.executable, script, *args, PYTHONPATH=str(USER_DIR.parent))
+    run(sys.executable, script, *args, PYTHONPATH=str(USER_DIR.parent), fresh=True)
     args = with_option(with_option(args, "--num-workers", "0"), "--save-dir", tmp_path / "alone")
     run("fairseq-train", *args)
     spawned, alone = (
