@@ -56,11 +56,15 @@ class Flores:
     """Runs the scripts on English and French files of a line each."""
 
     def __init__(self, folder):
-        self.work, self.calls = folder / "work", folder / "calls"
+        self.work, self.calls, self.clone = folder / "work", folder / "calls", folder / "a clone"
         self.model, self.text = folder / "model", folder / "flores"
         commands = folder / "bin"
         for made in (commands, self.model, self.text / "dev", self.text / "devtest"):
             made.mkdir(parents=True)
+        for name in ("examples", "scripts"):
+            shutil.copytree(ROOT / name, self.clone / name)
+        (self.clone / "lslora_fairseq").mkdir()
+        (self.clone / "lslora_fairseq" / "cli.py").write_text("rank = 1\n")
         for name in ("python", "fairseq-train", "fairseq-generate", "fairseq-preprocess"):
             (commands / name).write_text(COMMAND)
             (commands / name).chmod(0o755)
@@ -88,7 +92,7 @@ class Flores:
     def start(self, script, **settings):
         self.calls.write_text("")
         return subprocess.Popen(
-            ["bash", str(ROOT / "examples" / "flores12" / script)],
+            ["bash", str(self.clone / "examples" / "flores12" / script)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -188,6 +192,11 @@ def test_hypotheses_of_another_checkpoint_or_decoding_are_not_scored(flores):
     assert said == f"{results} was made with BEAM=2 and not with BEAM=3: {remedy}"
     said = flores.refused("evaluate.sh", BEAM="2", EXTRA_GENERATE_ARGS="--lenpen 2")
     assert "EXTRA_GENERATE_ARGS=--fp16 --lenpen 2: " in said
+    package = flores.clone / "lslora_fairseq" / "cli.py"
+    package.write_text("rank = 2\n")
+    said = flores.refused("evaluate.sh", BEAM="2")
+    assert said.startswith(f"{results} was made with lslora_fairseq of checksum ")
+    package.write_text("rank = 1\n")
     checkpoint = flores.work / "finetuned" / "checkpoint_last.pt"
     stamp = checkpoint.stat()
     checkpoint.write_text(checkpoint.read_text().replace("lr 3e-3", "lr 1e-3"))
