@@ -17,6 +17,7 @@ conftest.py's, before it trains a model of its own.
 """
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -52,7 +53,11 @@ def run(command, *args, check=True, stdin=None, fresh=False, **env):
         told.write(stdin or "")
         told.seek(0)
         process = start(command, *args, files=(told, said, errors), fresh=fresh, **env)
-        status = process.wait(300)
+        try:
+            status = process.wait(300)
+        except (TimeoutError, subprocess.TimeoutExpired):
+            os.kill(process.pid, signal.SIGKILL)
+            raise
         said.seek(0)
         errors.seek(0)
         out, err = said.read(), errors.read()
@@ -68,6 +73,8 @@ def start(command, *args, files, fresh=False, **env):
         an object with ``pid`` and ``wait(timeout)``, as subprocess.Popen has
     """
     argv = [str(Path(sys.executable).parent / command), *map(str, args)]
+    acts_at_start = {"PYTHONHASHSEED", "OMP_NUM_THREADS"} & env.keys()
+    assert fresh or not acts_at_start, f"{acts_at_start} needs fresh=True"
     env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
     is_python = command == sys.executable or os.sep not in command  # console scripts are
     if fresh or not is_python or not forkserver.AVAILABLE:

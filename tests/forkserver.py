@@ -76,11 +76,7 @@ class Process:
         """The exit status, that of a signal negative; raises TimeoutError after *timeout* s."""
         self.socket.settimeout(timeout)
         with self.socket:
-            try:
-                return int(self.replies.readline())
-            except TimeoutError:
-                os.kill(self.pid, signal.SIGKILL)
-                raise
+            return int(self.replies.readline())
 
 
 def shims():

@@ -68,6 +68,11 @@ def test_each_draws_other_random_numbers(tmp_path):
     assert len(set(drawn)) == 4
 
 
+def test_what_would_come_too_late_is_refused():
+    with pytest.raises(AssertionError, match="PYTHONHASHSEED'} needs fresh=True"):
+        run("fairseq-train", PYTHONHASHSEED="1")
+
+
 def test_scripts_run_it_by_name(tmp_path):
     (tmp_path / "told.py").write_text("import os, sys\nprint(os.getppid(), input(), sys.argv[1:])")
     env = {"PATH": f"{folder_of_commands()}:{os.environ['PATH']}", "PYTHONPATH": str(tmp_path)}
