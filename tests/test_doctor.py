@@ -1,5 +1,7 @@
 """``lslora doctor`` on the test corpus: the good case, and each kind of trouble."""
 
+import contextlib
+import io
 import json
 import shutil
 from types import SimpleNamespace
@@ -9,15 +11,19 @@ import torch
 from console import LANGS, TIERS, lslora, run
 
 from lslora_fairseq import doctor
+from lslora_fairseq.cli import build_parser
 from lslora_fairseq.doctor import checks, memory
 from lslora_fairseq.doctor.report import Line, Report
 
 
 def diagnose(*args):
-    """(exit status, check -> line, what was not checked) of a run."""
-    status, out, err = lslora("doctor", *args, "--format", "json", check=False)
-    assert "Traceback" not in err, err
-    report = json.loads(out)
+    """(exit status, check -> line, what was not checked) of a run in this process."""
+    args = build_parser("doctor").parse_args(["doctor", *map(str, args), "--format", "json"])
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = args.run(args)
+    assert not err.getvalue()
+    report = json.loads(out.getvalue())
     lines = {line["check"]: line for line in report["lines"]}
     assert len(lines) == len(report["lines"])
     bad = [line["status"] for line in report["lines"]]
@@ -155,6 +161,76 @@ def test_languages_that_lack_a_row_a_token_or_an_adapter(corpus):
     assert "1 of its languages are not in --langs" in out
 
 
+def test_languages_are_told_as_to_fairseq_train(corpus, tmp_path):
+    """By --langs or --lang-dict, in their order, else by --lang-pairs, sorted."""
+    args = ["--checkpoint", corpus.base, "--data", corpus.data]
+    (tmp_path / "langs").write_text("ja\nfr\n\n en\nde\n")
+    pairs = ["--lang-pairs", "ja-en,en-de,fr-en"]
+    _, found, _ = diagnose(*args, "--lang-dict", tmp_path / "langs", *pairs)
+    assert not troubles(found)
+    assert "rows are matched by token" in found["language order"]["found"]
+    _, found, _ = diagnose(*args, *pairs)
+    assert not troubles(found)
+    assert found["language order"]["found"] == "that of the checkpoint"  # it was inferred, too
+    assert "3 directions" in found["data"]["found"]
+    (tmp_path / "pairs").write_text("en-ja\n")
+    _, found, _ = diagnose(*args, "--lang-pairs", tmp_path / "pairs")
+    assert not troubles(found)
+    assert "2 of its languages are not in --langs" in found["language order"]["found"]
+    assert found["language tokens"]["found"].startswith("2 languages")
+    assert set(found["<unk> in train"]["values"]["share"]) == {"en", "ja"}
+
+
+def test_languages_that_are_told_wrongly(corpus, tmp_path):
+    (tmp_path / "langs").write_text("de\nen\n")
+    langs = ["--lang-dict", tmp_path / "langs"]
+    _, found, _ = diagnose("--data", corpus.data, *langs, "--langs", "de,en")
+    assert "--langs and --lang-dict exclude each other" in found["dictionary"]["found"]
+    _, found, _ = diagnose("--data", corpus.data, "--lang-dict", tmp_path / "no")
+    assert f"--lang-dict {tmp_path}/no (No such file or directory)" in found["dictionary"]["found"]
+    _, found, _ = diagnose("--data", corpus.data, "--lang-pairs", "de-en,deen")
+    assert "--lang-pairs: cannot read 'deen'" in found["data"]["found"]
+    _, found, _ = diagnose("--data", corpus.data, *langs, "--lang-pairs", "de-en,ja-fr")
+    assert "no train data of ja-fr: prepare it" in found["data"]["found"]
+    assert "fr, ja of the data: absent from --langs" in found["language tokens"]["found"]
+
+
+def untold(corpus, folder, **options):
+    """A base of the corpus that does not tell its languages, as bases from elsewhere."""
+    state = torch.load(corpus.base)
+    names = ("langs", "lang_pairs", "lang_dict")
+    for section in (state["cfg"]["task"], state["cfg"]["model"]):
+        vars(section).update(dict.fromkeys(names), **options)
+    torch.save(state, folder / "base.pt")
+    return folder / "base.pt"
+
+
+def test_an_order_of_languages_that_nothing_tells(corpus, tmp_path):
+    args = ["--checkpoint", untold(corpus, tmp_path), "--data", corpus.data, "--langs", LANGS]
+    status, found, _ = diagnose(*args)
+    assert (status, troubles(found)) == (0, {"language order": "warning"})
+    line = found["language order"]
+    assert "__de__ __en__ __fr__ __ja__ are no lines of the dictionary file" in line["found"]
+    assert "the order of their rows cannot be known" in line["found"]
+    assert "that its authors published" in line["remedy"]
+    assert "NLLB has pes_Arab before fij_Latn" in line["remedy"]
+    base = untold(corpus, tmp_path, lang_dict="langs.txt")
+    _, found, _ = diagnose("--checkpoint", base, *args[2:])
+    assert "give the order of langs.txt as" in found["language order"]["remedy"]
+
+
+def test_the_dictionary_file_may_hold_the_order_of_languages(corpus, tmp_path):
+    lines = corpus.dictionary.read_text("utf-8") + "".join(f"__{c}__ 1\n" for c in LANGS.split(","))
+    (tmp_path / "dict.txt").write_text(lines, "utf-8")
+    args = ["--checkpoint", untold(corpus, tmp_path), "--data", corpus.data]
+    _, found, _ = diagnose(*args, "--dict", tmp_path / "dict.txt", "--langs", "ja,fr,en,de")
+    assert not troubles(found)
+    assert found["language order"]["found"] == (
+        "the checkpoint does not tell its languages; the dictionary file holds their tokens in its "
+        "order"
+    )
+
+
 def test_text_of_another_vocabulary(corpus, tmp_path):
     """Japanese in a dictionary without Japanese."""
     lines = corpus.dictionary.read_text("utf-8").splitlines(keepends=True)
@@ -210,7 +286,8 @@ SIZES = memory.Shape(10**9, 10**6, 12, 12, 1024, 4096, 256_000)
 def inputs(**args):
     args = {"precision": "amp", "max_tokens": 4000, "checkpoint_activations": False, **args}
     args = SimpleNamespace(cpu=False, save_dir="runs", **args)
-    return SimpleNamespace(args=args, shape=SIZES, checkpoint=SimpleNamespace(size=4 * 10**9))
+    checkpoint = SimpleNamespace(size=4 * 10**9)
+    return SimpleNamespace(args=args, shape=SIZES, process=10**9, checkpoint=checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -231,6 +308,15 @@ def test_memory_that_is_short(monkeypatch, free, status, told):
     assert (train.status, load.status) == (status, "ok")
     assert told in train.found
     assert bool(train.remedy) == (status != "ok")
+    assert load.values["bytes"] == 10**9 + memory.loading_peak(SIZES, 4 * 10**9)
+
+
+def test_on_a_cpu_the_process_counts(monkeypatch):
+    monkeypatch.setattr(memory, "free_on_cpu", lambda: 2**50)
+    monkeypatch.setattr(memory.torch.cuda, "is_available", lambda: False)
+    train, _ = checks.check_memory(inputs())
+    assert train.values["parts"] == memory.estimate(SIZES, "amp", 4000, process=10**9)
+    assert train.values["parts"]["process"] == 10**9
 
 
 @pytest.mark.parametrize("times, status", [(4, "ok"), (2, "warning"), (0.5, "error")])

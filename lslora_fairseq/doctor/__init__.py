@@ -45,7 +45,15 @@ def add_arguments(parser):
         "--langs",
         type=_codes,
         metavar="CODES",
-        help="comma-separated, in order (default: the checkpoint's, else those of the data)",
+        help="comma-separated, in order (default: those of --lang-dict; else of --lang-pairs, "
+        "sorted; else the checkpoint's; else those of the data, sorted)",
+    )
+    run.add_argument("--lang-dict", metavar="FILE", help="the languages, one a line, in order")
+    run.add_argument(
+        "--lang-pairs",
+        metavar="PAIRS",
+        help="directions to train, such as de-en,en-de, or a file of them (default: all of the "
+        "data)",
     )
     run.add_argument("--lang-tok-style", choices=("multilingual", "mbart"))
     run.add_argument("--arch", metavar="NAME", help="(default: sizes of the checkpoint)")

@@ -29,8 +29,16 @@ def check_checkpoint(inputs):
 def check_data(inputs):
     """What the data holds."""
     files = inputs.data_files
+    found = {file.pair for file in files if file.split == "train"}
+    lacking = [p for p in inputs.lang_pairs or [] if not {p, p[::-1]} & found]
+    if lacking:
+        raise ConfigError(
+            f"{inputs.args.data} has no train data of {listed('-'.join(p) for p in lacking)}: "
+            "prepare it with fairseq-preprocess, or leave the direction out of --lang-pairs"
+        )
     splits = ", ".join(dict.fromkeys(file.split for file in files))
-    directions = {pair for file in files for pair in (file.pair, file.pair[::-1])}
+    both = {pair for file in files for pair in (file.pair, file.pair[::-1])}
+    directions = both.intersection(inputs.lang_pairs or both)
     found = f"{inputs.args.data}: {splits}; {len(directions)} directions"
     return [Line(OK, "data", found)]
 
@@ -78,17 +86,10 @@ def check_order(inputs):
     name, langs, checkpoint = "language order", inputs.langs, inputs.checkpoint
     trained = checkpoint.base.langs
     if trained is None:
-        return [
-            Line(
-                WARNING,
-                name,
-                "the checkpoint does not tell its languages: rows are taken as they are",
-                "give --langs in the order of the base model",
-            )
-        ]
+        return [_untold_order(inputs)]
     if checkpoint.has_adapters:
         check_continued(Namespace(), checkpoint.path, checkpoint.options, langs)
-    if not inputs.args.langs:
+    if not inputs.are_langs_told:
         found = f"{listed(langs, ',')}, taken from the checkpoint"
         return [Line(OK, name, found, values={"langs": list(langs)})]
     if list(langs) == list(trained):
@@ -98,6 +99,29 @@ def check_order(inputs):
     if lacking:
         found += f"; {len(lacking)} of its languages are not in --langs"
     return [Line(OK, name, found)]
+
+
+def _untold_order(inputs):
+    """Of a checkpoint that does not tell its languages: what decides the order of their rows."""
+    name, dictionary = "language order", inputs.dictionary
+    in_file = set(dictionary.symbols[: dictionary.rows_in_file]) if dictionary else set()
+    tokens = [get_lang_tok(lang, inputs.lang_tok_style) for lang in inputs.langs]
+    appended = [token for token in tokens if token not in in_file]
+    untold = "the checkpoint does not tell its languages"
+    if len(appended) <= 1:
+        return Line(OK, name, f"{untold}; the dictionary file holds their tokens in its order")
+    source = inputs.checkpoint.options.get("lang_dict")
+    if not source:
+        source = "the list that its authors published, such as a lang_dict or langs file"
+    return Line(
+        WARNING,
+        name,
+        f"{untold}, and {listed(appended, ' ')} are no lines of the dictionary file: the order of "
+        "their rows cannot be known, they are taken in the order "
+        f"{listed(inputs.langs, ',')}, and a wrong one swaps languages without an error",
+        f"give the order of {source} as --langs or --lang-dict; it need not be the alphabet's: "
+        "NLLB has pes_Arab before fij_Latn, and zsm_Latn before mya_Mymr",
+    )
 
 
 def check_tokens(inputs):
@@ -145,8 +169,9 @@ def _uncovered(inputs):
         found = f"{listed(absent)} of --lora-tiers: absent from --langs ({listed(langs, ',')})"
         remedy = "add it to --langs, or take it out of --lora-tiers"
         lines.append(Line(ERROR, "language tokens", found, remedy))
-    in_data = sorted({lang for file in inputs.data_files or [] for lang in file.pair})
-    for option, known in (("--langs", langs), ("--lora-tiers", with_adapters or langs)):
+    pairs = inputs.lang_pairs or [file.pair for file in inputs.data_files or []]
+    in_data = sorted({lang for pair in pairs for lang in pair})
+    for option, known in (("--langs", langs), ("--lora-tiers", with_adapters or in_data)):
         lacking = [lang for lang in in_data if lang not in known]
         if lacking:
             found = f"{listed(lacking)} of the data: absent from {option}"
@@ -185,10 +210,11 @@ def check_model(inputs):
 def check_memory(inputs):
     """The free memory against the estimate, for training and for loading."""
     args = inputs.args
-    parts = memory.estimate(
-        inputs.shape, args.precision, args.max_tokens, args.checkpoint_activations
-    )
     device, free = memory.free_on_device(args.cpu)
+    process = inputs.process if device == "CPU" else None
+    parts = memory.estimate(
+        inputs.shape, args.precision, args.max_tokens, args.checkpoint_activations, process
+    )
     setting = f"{args.precision}, {args.max_tokens:,} tokens"
     largest = sorted(parts, key=parts.get, reverse=True)[:3]
     most = ", ".join(f"{part} {_size(parts[part])}" for part in largest)
@@ -204,7 +230,7 @@ def check_memory(inputs):
         )
     ]
     if inputs.checkpoint:
-        peak = memory.loading_peak(inputs.shape, inputs.checkpoint.size)
+        peak = inputs.process + memory.loading_peak(inputs.shape, inputs.checkpoint.size)
         found = f"about {_size(peak)} while the checkpoint is loaded"
         free = memory.free_on_cpu()
         remedy = "end other programs, or take a machine with more memory"

@@ -1,5 +1,6 @@
 """What the checks look at: the checkpoint, the data folder, the dictionary and the languages."""
 
+import logging
 import os
 import re
 from argparse import Namespace
@@ -7,11 +8,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from fairseq import utils
+from fairseq.data.multilingual import multilingual_data_manager
 from fairseq.data.multilingual.multilingual_utils import augment_dictionary
+from fairseq.utils import FileContentsAction
 
 from lslora_fairseq.checkpoints import read_checkpoint
 from lslora_fairseq.config import LORA_FIELDS
-from lslora_fairseq.doctor import model
+from lslora_fairseq.doctor import memory, model
 from lslora_fairseq.errors import ConfigError
 from lslora_fairseq.identity import Identity
 from lslora_fairseq.languages import Languages
@@ -79,6 +82,7 @@ class Inputs:
 
     def __init__(self, args):
         self.args = args
+        self._own_size = memory.own_size()  # before anything is read
 
     @cached_property
     def checkpoint(self):
@@ -107,18 +111,22 @@ class Inputs:
 
     @cached_property
     def data_files(self):
-        """Every binarised text of the data."""
+        """Every binarised text of the data, in the directions of --lang-pairs if given."""
         if not self.folders:
             return None
+        pairs = self.lang_pairs
         files = []
         for folder in self.folders:
             for name in sorted(os.listdir(folder)):
                 match = DATA_FILE.fullmatch(name)
                 if match:
                     split, source, target, lang = match.groups()
+                    pair = (source, target)
+                    if pairs is not None and not {pair, pair[::-1]} & set(pairs):
+                        continue
                     prefix = os.path.join(folder, name[: -len(".idx")])
-                    files.append(DataFile(split, (source, target), lang, prefix))
-        if not files:
+                    files.append(DataFile(split, pair, lang, prefix))
+        if not files and pairs is None:
             raise ConfigError(
                 f"--data {self.args.data} holds no file such as train.en-de.en.idx: name the "
                 "folder that fairseq-preprocess wrote"
@@ -138,10 +146,45 @@ class Inputs:
         return [os.path.join(first, name) for name in names]
 
     @cached_property
+    def lang_pairs(self):
+        """The directions of --lang-pairs: list of (source, target), or None."""
+        if not self.args.lang_pairs:
+            return None
+        read = Namespace()
+        FileContentsAction([], "lang_pairs")(None, read, self.args.lang_pairs)
+        pairs = [tuple(pair.split("-")) for pair in read.lang_pairs.split(",")]
+        for pair in pairs:
+            if len(pair) != 2 or not all(pair):
+                raise ConfigError(
+                    f"--lang-pairs: cannot read {'-'.join(pair)!r}: write source-target, with "
+                    "codes that hold no hyphen"
+                )
+        return pairs
+
+    @property
+    def are_langs_told(self):
+        """Whether the command line tells the languages, as for fairseq-train."""
+        return bool(self.args.langs or self.args.lang_dict or self.args.lang_pairs)
+
+    def _told_langs(self):
+        pairs = ["-".join(pair) for pair in self.lang_pairs or []]
+        told = Namespace(langs=self.args.langs, lang_dict=self.args.lang_dict, lang_pairs=pairs)
+        logging.getLogger(multilingual_data_manager.__name__).setLevel(logging.ERROR)
+        try:
+            return multilingual_data_manager.MultilingualDatasetManager.load_langs(told)
+        except OSError as error:
+            raise ConfigError(
+                f"--lang-dict {self.args.lang_dict} ({error.strerror}): name a file of language "
+                "codes, one a line"
+            ) from None
+        except ValueError:
+            raise ConfigError("--langs and --lang-dict exclude each other: leave one out") from None
+
+    @cached_property
     def langs(self):
         """Languages in the order of their tokens, or None if nothing tells them."""
-        if self.args.langs:
-            return self.args.langs
+        if self.are_langs_told:
+            return self._told_langs()
         if self.checkpoint and self.checkpoint.base.langs:
             return list(self.checkpoint.base.langs)
         if self.data_files:  # as fairseq infers them
@@ -188,6 +231,15 @@ class Inputs:
         """The model of the run on the meta device, or None if too little is known of it."""
         sized = self.checkpoint or (self.args.arch and self.dictionary)
         return model.build(self) if sized and self.adapter_languages else None
+
+    @property
+    def process(self):
+        """Bytes that a run takes on the CPU beside its model: what it imports and starts, and the
+        dictionaries, of which fairseq reads one for each language unless it is fixed."""
+        pairs = self.lang_pairs or [file.pair for file in self.data_files or []]
+        languages = len({lang for pair in pairs for lang in pair}) or len(self.langs or [1])
+        lines = self.shape.rows * (1 if self.args.dict else languages)
+        return self._own_size + memory.STARTED + memory.DICTIONARY_LINE * lines
 
     @cached_property
     def shape(self):

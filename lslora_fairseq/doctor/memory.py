@@ -1,9 +1,10 @@
-"""How much memory a run takes, and how much there is; pure but for the two readings at the end."""
+"""How much memory a run takes, and how much there is; pure but for the readings at the end."""
 
 import os
 import re
 import shutil
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -15,6 +16,13 @@ ACTIVATION_BYTES = {"fp32": 4, "amp": 2.5, "fp16": 2, "memory-efficient-fp16": 2
 # Bytes of one entry of the output distribution at the peak: logits, log-probabilities and their
 # gradients; the criterion computes in fp32 whatever the precision.
 LOGIT_BYTES = {"fp32": 16, "amp": 14, "fp16": 14, "memory-efficient-fp16": 14}
+
+# On a CPU, measured with label smoothing: log-probabilities and two gradients; and what a layer's
+# backward pass computes with, with what the C allocator keeps, in decoder layers.
+CPU_LOGIT_BYTES = {**LOGIT_BYTES, "fp32": 12}
+CPU_LAYERS = 2.2
+STARTED = 100 * 2**20  # what a run imports and starts beyond what the doctor does
+DICTIONARY_LINE = 180  # bytes of a line of a dictionary, as fairseq holds it
 
 # Adam's two moments, and fp32 masters unless the weights are; --fp16 has fp32 gradients beside them
 OPTIMIZER_BYTES = {"fp32": 8, "amp": 8, "fp16": 16, "memory-efficient-fp16": 12}
@@ -40,8 +48,11 @@ class Shape:
     rows: int
 
 
-def estimate(shape, precision, max_tokens, checkpointed=False):
+def estimate(shape, precision, max_tokens, checkpointed=False, process=None):
     """Peak memory of a training step with ``pruned_adam``, a rough estimate.
+
+    On a CPU it is all that the process takes, on a GPU the tensors alone (CUDA itself takes some
+    hundred MiB more). Sentences are taken to be so short that attention weights do not matter.
 
     Of a layer the backward pass needs, per token, 8.5 d entries and the inner dimension of its
     feed-forward part, and 6.25 d more for cross-attention. A checkpointed layer keeps its input, d;
@@ -52,6 +63,7 @@ def estimate(shape, precision, max_tokens, checkpointed=False):
         precision: ``fp32``, ``amp``, ``fp16`` or ``memory-efficient-fp16``
         max_tokens: tokens of a batch, on either side
         checkpointed: ``--checkpoint-activations``
+        process: bytes of the process without model and batch on a CPU; None on a GPU
 
     Returns:
         dict of part -> bytes
@@ -63,13 +75,17 @@ def estimate(shape, precision, max_tokens, checkpointed=False):
         kept = (shape.encoder_layers + shape.decoder_layers) * shape.dim + decoder
     # AMP keeps a half-precision copy of every weight until the backward pass is through
     base = weight + (2 if precision == "amp" else 0)
+    logits, more = LOGIT_BYTES, {}
+    if process is not None:
+        kept, logits, more = kept + CPU_LAYERS * decoder, CPU_LOGIT_BYTES, {"process": process}
     return {
         "base model": base * shape.base_parameters,
         "adapters": (weight + 1) * entries,  # and their masks
         "gradients": weight * entries,
         "optimizer": OPTIMIZER_BYTES[precision] * entries,
         "activations": int(ACTIVATION_BYTES[precision] * kept * max_tokens),
-        "output distribution": LOGIT_BYTES[precision] * shape.rows * max_tokens,
+        "output distribution": logits[precision] * shape.rows * max_tokens,
+        **more,
     }
 
 
@@ -85,14 +101,53 @@ def loading_peak(shape, file_size):
     return 4 * shape.base_parameters + 5 * shape.adapter_entries + file_size
 
 
-def free_on_cpu():
-    """Bytes of memory that a new process may take, or None where the system does not tell."""
+def own_size():
+    """Bytes of memory that this process takes now; a usual size where the system does not tell."""
+    pages = _read(Path("/proc/self/statm")).split()
+    return int(pages[1]) * os.sysconf("SC_PAGE_SIZE") if pages else 350 * 2**20
+
+
+def free_on_cpu(root="/"):
+    """Bytes of memory that a new process may take, or None where the system does not tell.
+
+    The least of what the machine has available and what the limits of the container (control
+    groups of version 1 and 2) leave.
+    """
+    root = Path(root)
+    available = re.search(r"^MemAvailable:\s+(\d+) kB", _read(root / "proc/meminfo"), re.MULTILINE)
+    free = [int(available[1]) * 1024] if available else []
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            free += _left(root / "sys/fs/cgroup", path, "memory.max", "memory.current", "")
+        elif "memory" in controllers.split(","):
+            folder, used = root / "sys/fs/cgroup/memory", "memory.usage_in_bytes"
+            free += _left(folder, path, "memory.limit_in_bytes", used, "total_")
+    return max(min(free), 0) if free else None
+
+
+def _left(top, path, limit, used, prefix):
+    """Of a control group and those around it that have a limit: what it leaves, in bytes.
+
+    Inside of a container *path* may be one of the machine's, not there; its group is then *top*.
+    File pages that were not used lately count as used, and are given up first.
+    """
+    group, left = top / path.lstrip("/"), []
+    for folder in (group, *group.parents[: len(group.parts) - len(top.parts)]):
+        numbers = [_read(folder / name).strip() for name in (limit, used)]
+        if all(number.isdecimal() for number in numbers):
+            most, now = map(int, numbers)
+            stat = _read(folder / "memory.stat")
+            cached = re.search(rf"^{prefix}inactive_file (\d+)", stat, re.MULTILINE)
+            left.append(most - now + (int(cached[1]) if cached else 0))
+    return left
+
+
+def _read(path):
     try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            match = re.search(r"^MemAvailable:\s+(\d+) kB", file.read(), re.MULTILINE)
+        return path.read_text(encoding="ascii")
     except OSError:
-        return None
-    return int(match[1]) * 1024 if match else None
+        return ""
 
 
 def free_on_device(cpu):
