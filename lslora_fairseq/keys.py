@@ -1,5 +1,9 @@
 """What the keys of a state dict stand for; needs no fairseq."""
 
+import torch
+
+from lslora_fairseq.lora.adapters import PRUNED
+
 # what has a row for each symbol; a model may share them
 EMBEDDINGS = (
     "encoder.embed_tokens.weight",
@@ -16,3 +20,11 @@ def is_adapter_key(key):
     their sides (its last but one part is matched whole), or the record of what they are."""
     parts = key.split(".")[-2:-1]
     return key == RECORD or parts in [["source_adapters"], ["target_adapters"], ["side_weights"]]
+
+
+def rename_masks(state_dict):
+    """Brings masks as they were saved before they could be averaged, ``mask`` (True = keep), to
+    today's form, in place."""
+    for key in [key for key in state_dict if is_adapter_key(key) and key.endswith(".mask")]:
+        mask = state_dict.pop(key)
+        state_dict[key.removesuffix("mask") + PRUNED] = mask.logical_not().to(torch.uint8)

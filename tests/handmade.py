@@ -74,7 +74,7 @@ def _add_adapters(model, prefix, sites, plan, keep):
                 mask[:, columns[site.module][1]] = part.view(rank, -1)
         model[f"{prefix}.lora_{code}"] = torch.randn(rank, width) * mask
         masks.append(mask)
-    model[f"{prefix}.mask"] = torch.cat(masks)
+    model[f"{prefix}.pruned"] = (~torch.cat(masks)).to(torch.uint8)
 
 
 def save(folder, content):

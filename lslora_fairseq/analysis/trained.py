@@ -10,7 +10,8 @@ import torch
 from lslora_fairseq.checkpoints import allow_fairseq_checkpoints, read_checkpoint
 from lslora_fairseq.config import AdapterPlan, LSLoConfig, resolve
 from lslora_fairseq.errors import ConfigError, listed
-from lslora_fairseq.keys import EMBEDDINGS, RECORD, is_adapter_key
+from lslora_fairseq.keys import EMBEDDINGS, RECORD, is_adapter_key, rename_masks
+from lslora_fairseq.lora.adapters import PRUNED
 from lslora_fairseq.lora.plan import MODULES
 
 
@@ -48,8 +49,7 @@ class Trained:
         Returns:
             (ranks of all languages, columns) bool
         """
-        name, removed = _mask(self.weights, key)
-        return self.weights[name] == (0 if removed else 1)
+        return self.weights[f"{key}.{PRUNED}"] == 0
 
     def base_parameters(self):
         """Parameters of the frozen base model; shared embeddings count once."""
@@ -86,6 +86,7 @@ def read(path):
         raise ConfigError(
             f"{path} has no adapters: name a checkpoint that was trained with --arch lslora_…"
         )
+    rename_masks(weights)
     layers, dims = _sizes(path, weights)
     config = LSLoConfig.from_namespace(Namespace(**options))
     try:
@@ -122,19 +123,12 @@ def _by_adapters(plan):
     return found
 
 
-def _mask(weights, key):
-    """The key of the mask of a layer's adapters, and whether it marks what was removed; the other
-    kind, of older checkpoints, marks what is kept."""
-    name = f"{key}.pruned"
-    return (name, True) if name in weights else (f"{key}.mask", False)
-
-
 def _check_fit(path, weights, plan):
     """Raises ConfigError unless the adapters are those of the plan, shape by shape."""
     expected = {}
     for key, sites in _by_adapters(plan).items():
         features = sum(site.in_features + site.out_features for site in sites)
-        expected[_mask(weights, key)[0]] = sum(plan.ranks), features
+        expected[f"{key}.{PRUNED}"] = sum(plan.ranks), features
         for code, rank in zip(plan.languages.codes, plan.ranks):
             expected[f"{key}.lora_{code}"] = rank, features
         if plan.weight_learning:

@@ -4,7 +4,6 @@ import torch
 
 from lslora_fairseq.errors import ConfigError
 from lslora_fairseq.keys import is_adapter_key
-from lslora_fairseq.lora.adapters import PRUNED
 
 SPECIALS = 4  # fairseq's <s> <pad> </s> <unk> come before the lines of a dictionary
 
@@ -62,14 +61,6 @@ def take_rows(own, found, matched):
     """
     known = (matched >= 0).unsqueeze(1)
     return torch.where(known, found[matched.clamp(min=0)], own.to(found.dtype))
-
-
-def rename_masks(state_dict):
-    """Brings masks as they were saved before they could be averaged, ``mask`` (True = keep), to
-    today's form, in place."""
-    for key in [key for key in state_dict if is_adapter_key(key) and key.endswith(".mask")]:
-        mask = state_dict.pop(key)
-        state_dict[key.removesuffix("mask") + PRUNED] = mask.logical_not().to(torch.uint8)
 
 
 def check_keys(own, found, source):

@@ -35,8 +35,8 @@ def pruned_model(folder, **options):
     """The path of a checkpoint of a toy model of which pruning left about half, at random."""
     model = toy.set_adapters(toy.build(**options))
     state = model.state_dict()
-    for key in [key for key in state if key.endswith("_adapters.mask")]:
-        state[key] = torch.rand(state[key].shape) > 0.5
+    for key in [key for key in state if key.endswith("_adapters.pruned")]:
+        state[key] = (torch.rand(state[key].shape) > 0.5).to(torch.uint8)
     saved = Namespace(**{**toy.OPTIONS, **options, "pruning_scope": "layer"})
     return handmade.save(folder, {"model": state, "args": saved})
 

@@ -43,7 +43,9 @@ def side_of(linear, language):
 
 
 def masks_of(model):
-    return {key: value.clone() for key, value in model.state_dict().items() if "mask" in key}
+    return {
+        key: value.clone() for key, value in model.state_dict().items() if key.endswith(".pruned")
+    }
 
 
 def touched_scopes(scope):
