@@ -16,6 +16,7 @@ import json
 import os
 import runpy
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -38,12 +39,12 @@ def folder():
     global _server
     with _lock:
         if _server is None:
-            made = tempfile.TemporaryDirectory(prefix="forkserver-")
-            log = Path(made.name, "log")
+            made = Path(tempfile.mkdtemp(prefix="forkserver-"))
+            log = made / "log"
             with open(log, "w") as errors:
-                # it ends with this process, when there is nothing more to read from its stdin
+                # it ends, and removes the folder, with this process: when its stdin does
                 process = subprocess.Popen(
-                    [sys.executable, __file__, f"{made.name}/socket"],
+                    [sys.executable, __file__, str(made / "socket")],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=errors,
@@ -51,7 +52,7 @@ def folder():
                 )
             assert process.stdout.readline() == b"ready\n", log.read_text()
             _server = made, process
-        return Path(_server[0].name)
+        return _server[0]
 
 
 class Process:
@@ -203,3 +204,5 @@ if __name__ == "__main__":
         command = _serve(listener)
     if command:
         _run(*command)
+    else:
+        shutil.rmtree(os.path.dirname(sys.argv[1]))
