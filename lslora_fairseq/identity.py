@@ -62,7 +62,7 @@ class Identity:
             ConfigError: it cannot be read, or comes from a later version of this package.
         """
         try:
-            found = json.loads(bytes(record.tolist()))
+            found = json.loads(bytes(record.long().tolist()))
             version = found.pop("version")
             if version == VERSION:
                 return cls(**{**found, "path": path})

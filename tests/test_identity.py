@@ -62,6 +62,11 @@ def test_a_record_that_cannot_be_read_is_an_error(change, message):
         Identity.from_record(change(Identity().record()), "x.pt")
 
 
+def test_a_mean_that_became_floating_point_is_read():
+    told = Identity(langs=["wo"])
+    assert Identity.from_record(told.record().float(), "the checkpoint") == told
+
+
 @pytest.mark.parametrize("specs", [["main"], ["main", "mined"]])
 def test_symbols_are_appended_for_every_spec(specs):
     from fairseq.data.multilingual.multilingual_utils import augment_dictionary

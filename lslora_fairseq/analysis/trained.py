@@ -49,7 +49,7 @@ class Trained:
         Returns:
             (ranks of all languages, columns) bool
         """
-        return self.weights[f"{key}.{PRUNED}"] == 0
+        return self.weights[f"{key}.{PRUNED}"] < 1
 
     def base_parameters(self):
         """Parameters of the frozen base model; shared embeddings count once."""

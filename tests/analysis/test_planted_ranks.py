@@ -78,6 +78,5 @@ def test_demand_and_suggestion_are_those_planted(seed, tmp_path, capsys):
     flags = dict(zip(words[::2], words[1::2]))
     ranks = dict(pair.split("=") for pair in flags.pop("--lora-rank").split(","))
     assert strictly_rising([int(ranks[code]) for code in codes])
-    assert flags == {
-        f"--{stack}-target-modules": ",".join(names) for stack, names in MODULES.items()
-    }
+    for stack, names in MODULES.items():
+        assert flags[f"--{stack}-target-modules"] == ",".join(names)

@@ -81,7 +81,7 @@ def average(model, optimizer):
     train(model, optimizer, [3])
     second = model.state_dict()
     mean = {
-        key: (value.float() + second[key].float()).div(2) if "lora_" in key else value
+        key: (value.float() + second[key].float()).div(2) if ".lora_" in key else value
         for key, value in first.items()  # the first's masks: what is pruned in both
     }
     return mean, copy.deepcopy(optimizer.state_dict())
@@ -99,7 +99,7 @@ def test_averaged_weights_win_over_the_masters_beside_them(precision, inner, cap
     resumed = build_resumed()
     resumed.load_state_dict(copy.deepcopy(state))
     assert same(wrapped(resumed).optimizer.inner.state_dict()["state"], state["state"])
-    wanted = {key: value.to(dtype) for key, value in mean.items() if "lora_" in key}
+    wanted = {key: value.to(dtype) for key, value in mean.items() if ".lora_" in key}
     differ = 0
     for master, saved in zip(wrapped(resumed).optimizer.masters, state["masters"] or []):
         weight = master.joined([piece.weight for piece in master.pieces])
