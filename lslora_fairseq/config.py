@@ -126,7 +126,6 @@ class PruningConfig(Options):
     pruning_target: str = _option(
         "B", "factors that are pruned: B, or AB (each with a threshold of its own)"
     )
-
     pruning_masks: str = _option(
         "keep",
         "what a further stage does with the entries that its --finetune-from-model has pruned: "
