@@ -6,10 +6,14 @@ directions and what the teacher makes of them, and learns with the real optimize
 
 from argparse import ArgumentParser, Namespace
 
+import pytest
 import torch
 import toy
 from fairseq.optim import OPTIMIZER_REGISTRY
 from toy import CODES
+
+# every second of ten in a plain run, since each takes half a minute; all with -m 'slow or not slow'
+SEEDS = [pytest.param(seed, marks=pytest.mark.slow if seed % 2 else ()) for seed in range(10)]
 
 
 def plant(teacher, size, generator):

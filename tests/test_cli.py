@@ -75,7 +75,7 @@ def test_importing_the_package_before_fairseq_registers():
         "print('lslora_transformer' in models.MODEL_REGISTRY, 'pruned_adam' in "
         "optim.OPTIMIZER_REGISTRY, 'translation_multi_lslora' in tasks.TASK_REGISTRY)"
     )
-    _, out, _ = run(sys.executable, "-c", code, PYTHONPATH=str(ROOT))
+    _, out, _ = run(sys.executable, "-c", code, PYTHONPATH=str(ROOT), fresh=True)
     assert out == "True True True\n"
 
 

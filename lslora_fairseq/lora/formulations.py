@@ -153,7 +153,7 @@ def _sentences(x, columns, blocks):
     x = x[..., : columns.stop - columns.start]
     if blocks[0].gathers:
         return (x,)
-    return x.flatten(0, 1).split([(b.stop - b.start) * x.size(1) for b in blocks])
+    return x.flatten(0, 1).split_with_sizes([(b.stop - b.start) * x.size(1) for b in blocks])
 
 
 def _own_rows(stack, columns, blocks):
@@ -161,7 +161,7 @@ def _own_rows(stack, columns, blocks):
     part = stack[:, columns]
     if blocks[0].gathers:
         return (part,)
-    return part.split([b.rows.stop - b.rows.start for b in blocks])
+    return part.split_with_sizes([b.rows.stop - b.rows.start for b in blocks])
 
 
 def _rows(stack, columns, blocks):

@@ -13,7 +13,7 @@ from lslora_fairseq.cli import main
 SIZES = dict(encoder_layers=2, decoder_layers=2, encoder_embed_dim=32, encoder_ffn_embed_dim=64)
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", planted.SEEDS)
 def test_sides_are_those_planted(seed, tmp_path, capsys):
     """A teacher's layers differ from the base by a change for each source, or for each target
     language, and the student, which has adapters of both in every layer, learns which.

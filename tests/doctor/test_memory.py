@@ -71,7 +71,7 @@ def test_a_process_takes_what_is_estimated(sizes):
     script = Path(__file__).with_name("peak.py")
     path = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
     env = {"PYTHONPATH": path, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
-    _, out, _ = run(sys.executable, script, *sizes, **env)
+    _, out, _ = run(sys.executable, script, *sizes, fresh=True, **env)
     peak, estimated, process = map(int, out.split())
     assert peak > process + 2**28
     assert 0.9 < (estimated - process) / (peak - process) < 1.25

@@ -199,11 +199,20 @@ def test_the_architecture_is_learned(settings, learned):
     found = exported(folder / "settings.sh")
     for stack in ("encoder", "decoder"):
         assert competing[f"{stack}_index_side"] == found[f"{stack.upper()}_SIDES"]
-    words = [(folder / f"{name}.flags").read_text().split() for name in ("sides", "suggestion")]
-    assert [word for word in sum(words, []) if not word.startswith("--")] == [
-        found["ENCODER_SIDES"], found["DECODER_SIDES"], found["RANKS"],
-        found["ENCODER_MODULES"], found["DECODER_MODULES"],
-    ]  # fmt: skip
+    sides, suggested = (
+        dict(zip(words[::2], words[1::2]))
+        for name in ("sides", "suggestion")
+        for words in [(folder / f"{name}.flags").read_text().split()]
+    )
+    settings_of = {
+        "--encoder-index-side": "ENCODER_SIDES",
+        "--decoder-index-side": "DECODER_SIDES",
+        "--lora-rank": "RANKS",
+        "--encoder-target-modules": "ENCODER_MODULES",
+        "--decoder-target-modules": "DECODER_MODULES",
+    }
+    assert {flag: found[name] for flag, name in settings_of.items()}.items() <= suggested.items()
+    assert sides.items() <= suggested.items() and len(sides) == 2
     for name in ("sides.txt", "demand.txt", "suggestion.txt", "settings.sh"):
         assert (folder / name).read_text() in out
     assert json.loads((folder / "demand.json").read_text("utf-8"))

@@ -17,10 +17,10 @@ name="${0##*/}"
 case "$name $*" in
     "python "*encode.py*) exit ;;
     "python "*score.py*) cat "$2"/*.hyp; exit ;;
-    "python "*" lslora_fairseq.cli sides"*)
+    "python "*"-m lslora sides"*)
         case "$*" in *flags) printf '%s\n' --encoder-index-side s --decoder-index-side t ;; esac
         exit ;;
-    "python "*" lslora_fairseq.cli "*)
+    "python "*"-m lslora "*)
         case "$*" in *flags) printf '%s\n' --lora-rank 3 --encoder-index-side s ;; esac
         exit ;;
     "python "*) exec "$REAL_PYTHON" "$@" ;;
