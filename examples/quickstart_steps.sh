@@ -35,7 +35,7 @@ start() {
     source "$ROOT/scripts/environment.sh"
     lock "$WORK"
     mkdir -p "$LOGS"
-    JOBS="$(python "$ROOT/scripts/cores.py")"
+    JOBS="$(python "$ROOT/lslora_fairseq/cores.py")"
     [ -f "$LOGS/.install.seconds" ] || echo "$((SECONDS - began))" >"$LOGS/.install.seconds"
     # large tensors reuse their memory instead of asking the system for fresh pages each time
     export GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184

@@ -10,11 +10,16 @@ from lslora_fairseq.errors import one_line_errors
 
 # Subcommand -> its module in this package, and what it does, in one line. The module has EXAMPLES
 # (text), add_arguments(parser) and run(args), which returns the exit status. Only the one that is
-# called gets imported, so that another's needs cannot break it.
+# called gets imported, so that another's needs cannot break it. A module that reads its command line
+# by itself, beside the options of fairseq, has parse(argv) too.
 COMMANDS = {
     "doctor": (
         "doctor",
         "check versions, dictionary, languages, data, memory and disk before a run",
+    ),
+    "evaluate": (
+        "evaluation.evaluate",
+        "decode and score all directions of a model at once",
     ),
     "sides": ("analysis.sides", "which language should index each layer, after weight learning"),
     "demand": ("analysis.demand", "how much of its adapters each language needs, after pruning"),
@@ -48,16 +53,27 @@ def build_parser(chosen):
     return parser
 
 
+def read(argv):
+    """The options of a command line, with the function of its subcommand as ``run``."""
+    module, _ = COMMANDS.get(argv[0] if argv else None, (None, None))
+    if module and not {"-h", "--help"} & set(argv):
+        command = import_module(f"lslora_fairseq.{module}")
+        if hasattr(command, "parse"):
+            args = command.parse(argv[1:])
+            args.run = command.run
+            return args
+    return build_parser(argv[0] if argv else None).parse_args(argv)
+
+
 def main(argv=None):
     """Runs a subcommand; returns its exit status."""
     argv = sys.argv[1:] if argv is None else argv
     logging.basicConfig(
         level=logging.WARNING, stream=sys.stderr, format="%(levelname)s: %(message)s", force=True
     )
-    parser = build_parser(argv[0] if argv else None)
-    args = parser.parse_args(argv)
     with one_line_errors():
         try:
+            args = read(argv)
             status = args.run(args)
             sys.stdout.flush()
             return status

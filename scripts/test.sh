@@ -19,4 +19,4 @@ ruff format --check .
 # a process for each core, each with one thread, which keeps them off each other's cores
 export OMP_NUM_THREADS=1
 # a file's tests share what they trained; in the order of folders, which ends with quick ones
-python -m pytest -n "$(python scripts/cores.py)" --dist loadscope --no-loadscope-reorder "$@"
+python -m pytest -n "$(python lslora_fairseq/cores.py)" --dist loadscope --no-loadscope-reorder "$@"

@@ -69,5 +69,5 @@ export -f binarise settings_of
 export DATA TEXT WORK MODEL_DIR common texts
 # shellcheck disable=SC2016  # expanded by the inner bash
 printf '%s\0' "${todo[@]}" |
-    xargs -0 -n 1 -P "${JOBS:-$(python "$ROOT/scripts/cores.py")}" \
+    xargs -0 -n 1 -P "${JOBS:-$(python "$ROOT/lslora_fairseq/cores.py")}" \
         bash -c 'binarise "$1"' binarise 3>&2 2>/dev/null || exit 1

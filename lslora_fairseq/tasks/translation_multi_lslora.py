@@ -1,7 +1,9 @@
 """The multilingual translation task: picks every sentence's adapters by its language tokens."""
 
+import filecmp
 import logging
 import os
+from argparse import Namespace
 
 import torch
 from fairseq.data.iterators import EpochBatchIterator
@@ -9,6 +11,7 @@ from fairseq.distributed.utils import get_global_world_size
 from fairseq.logging import metrics
 from fairseq.tasks import register_task
 from fairseq.tasks.translation_multi_simple_epoch import TranslationMultiSimpleEpochTask
+from fairseq.utils import split_paths
 from omegaconf import OmegaConf
 
 from lslora_fairseq.checkpoints import read_args
@@ -121,6 +124,17 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
         pairs = list(self.lang_pairs)
         if self.training:
             pairs += self.data_manager.extra_lang_pairs
+        self._check_pairs(pairs, model)
+        absent = [c for c in self.languages.codes if c not in self.langs]
+        if absent and not from_checkpoint:
+            raise ConfigError(
+                f"--lora-tiers has {listed(absent)}, absent from --langs "
+                f"({listed(self.langs, ',')}), and would have no language token: take it out of "
+                "--lora-tiers, or add it to --langs"
+            )
+
+    def _check_pairs(self, pairs, model):
+        """Every language of these directions has the adapters that a model needs."""
         for position, side in enumerate(SIDES):
             used = {pair.split("-")[position] for pair in pairs}
             lacking = sorted(c for c in used if c not in self.languages)
@@ -129,13 +143,6 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
                     f"no adapter for {listed(lacking)} of the data: add it to --lora-tiers "
                     f"(adapters: {listed(self.languages.codes)})"
                 )
-        absent = [c for c in self.languages.codes if c not in self.langs]
-        if absent and not from_checkpoint:
-            raise ConfigError(
-                f"--lora-tiers has {listed(absent)}, absent from --langs "
-                f"({listed(self.langs, ',')}), and would have no language token: take it out of "
-                "--lora-tiers, or add it to --langs"
-            )
 
     def _id_reader(self, model):
         """What tells the languages of a batch of the data."""
@@ -168,6 +175,42 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
         return DirectionIds(
             {side: self.languages.index(c) for side, c in codes.items() if c in self.languages}
         )
+
+    def in_direction(self, source, target, models):
+        """This task for another direction of the same models, with its dictionary and languages.
+
+        Raises:
+            ConfigError: a language has no token, none of the adapters that a model needs, or a
+                dictionary of its own.
+        """
+        args = Namespace(**{**vars(self.args), "source_lang": source, "target_lang": target})
+        options.check_pairs(args)
+        for model in models:
+            if hasattr(model, "plan"):
+                self._check_pairs([f"{source}-{target}"], model)
+        dictionaries = dict(self.dicts)
+        for lang in {source, target} - self.dicts.keys():
+            self._check_dictionary(lang)
+            dictionaries[lang] = self.source_dictionary
+        other = type(self)(args, self.langs, dictionaries, training=False)
+        if self.languages is not None:
+            other.languages = self.languages
+            other._read_ids = other._direction()
+        return other
+
+    def _check_dictionary(self, lang):
+        """The dictionary of a language is the one that is loaded."""
+        if self.args.fixed_dictionary or self.args.source_dict or self.args.target_dict:
+            return
+        folder = split_paths(self.args.data)[0]
+        ours, its = (os.path.join(folder, f"dict.{c}.txt") for c in (self.source_langs[0], lang))
+        if not os.path.isfile(its):
+            raise ConfigError(f"{its}: no such file: name the folder that fairseq-preprocess wrote")
+        if not filecmp.cmp(ours, its, shallow=False):
+            raise ConfigError(
+                f"{its} differs from {ours}: the languages of a multilingual model share one "
+                "dictionary; give fairseq-preprocess the same --srcdict and --tgtdict for all"
+            )
 
     def load_dataset(self, split, *args, **kwargs):
         with one_line_errors():
@@ -225,14 +268,29 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
         if not spec or "target_lang_ids" not in net_input or prefix_tokens is not None:
             return super().inference_step(generator, models, sample, prefix_tokens, constraints)
         codes = [self.languages.codes[i] for i in net_input["target_lang_ids"].tolist()]
-        forced = {code: self.data_manager.get_decoder_langtok(code, spec) for code in set(codes)}
-        tokens = net_input["src_tokens"].new_tensor([[forced[code]] for code in codes])
-        first = {"prefix_tokens": tokens, "constraints": constraints}
-        if self.args.lang_tok_replacing_bos_eos:
-            beams = getattr(generator, "beam_size", 1)  # a scorer of references has none
-            first = {"bos_token": tokens.flatten().repeat_interleave(beams)}
+        first = self.forced(codes, net_input["src_tokens"], getattr(generator, "beam_size", 1))
         with torch.no_grad():
-            return generator.generate(models, sample, **first)
+            return generator.generate(models, sample, constraints=constraints, **first)
+
+    def forced(self, codes, like, beams):
+        """What makes a generator begin each sentence with its own target language's token.
+
+        Args:
+            codes: (batch,) target languages
+            like: a tensor on the device of the batch
+            beams: hypotheses of a sentence
+
+        Returns:
+            arguments for ``generator.generate``
+        """
+        _, spec = self.args.langtoks["main"]
+        if not spec:
+            return {}
+        token = {code: self.data_manager.get_decoder_langtok(code, spec) for code in set(codes)}
+        tokens = like.new_tensor([token[code] for code in codes])
+        if self.args.lang_tok_replacing_bos_eos:
+            return {"bos_token": tokens.repeat_interleave(beams)}
+        return {"prefix_tokens": tokens.unsqueeze(1)}
 
     def build_bpe(self, args):
         if getattr(args, "_name", None) != "sentencepiece":

@@ -4,9 +4,10 @@ import os
 import subprocess
 import sys
 
-import cores
 import pytest
 from console import ROOT
+
+from lslora_fairseq import cores
 
 
 def write(root, files):
@@ -66,7 +67,7 @@ def test_where_affinity_is_not_known(tmp_path, monkeypatch):
 def test_a_process_bound_to_one_core():
     core = min(os.sched_getaffinity(0))
     said = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "cores.py"],
+        [sys.executable, ROOT / "lslora_fairseq" / "cores.py"],
         capture_output=True,
         text=True,
         preexec_fn=lambda: os.sched_setaffinity(0, {core}),

@@ -1,5 +1,8 @@
 #!/usr/bin/env python3
-"""Prints how many CPU cores this process may use: by its affinity and its container's quota."""
+"""How many CPU cores this process may use, by its affinity and its container's quota.
+
+Shell scripts call this file, which prints it and imports nothing of the package.
+"""
 
 import math
 import os

@@ -1,0 +1,1 @@
+"""All directions of a model: decoded in one process, scored, reported and compared."""

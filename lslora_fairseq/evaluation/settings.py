@@ -1,0 +1,103 @@
+"""What hypotheses are made with: models, options and versions, to tell results apart."""
+
+import hashlib
+import os
+from importlib.metadata import PackageNotFoundError, version
+
+import fairseq
+import torch
+from fairseq.checkpoint_utils import get_maybe_sharded_checkpoint_filename
+from fairseq.dataclass.configs import GenerationConfig
+from fairseq.utils import split_paths
+from omegaconf import OmegaConf
+
+from lslora_fairseq.evaluation.folder import sha256
+
+ALWAYS_TOLD = ("beam", "lenpen", "max_len_a", "max_len_b")
+
+
+def made_with(cfg, task, text):
+    """By name, in plain values.
+
+    Args:
+        cfg: fairseq's configuration
+        task: the task, set up from it
+        text: a :class:`~lslora_fairseq.evaluation.decoding.Text`
+
+    Raises:
+        ConfigError: a checkpoint cannot be read.
+    """
+    return {
+        "models": [{"path": path, "sha256": sha256(path)} for path in _files(cfg)],
+        "data": cfg.task.data,
+        "subset": cfg.dataset.gen_subset,
+        "decoding": _decoding(cfg),
+        "tokens": {
+            "langs": ",".join(task.langs),
+            "main": list(task.args.langtoks["main"]),
+            "style": task.args.lang_tok_style,
+            "replacing_bos_eos": bool(task.args.lang_tok_replacing_bos_eos),
+        },
+        "text": {
+            "remove_bpe": text.symbol,
+            "bpe": getattr(cfg.bpe, "_name", None),
+            "tokenizer": getattr(cfg.tokenizer, "_name", None),
+        },
+        "versions": {
+            "lslora_fairseq": _own_version(),
+            "fairseq": fairseq.__version__,
+            "torch": torch.__version__,
+        },
+    }
+
+
+def _files(cfg):
+    shards = cfg.checkpoint.checkpoint_shard_count
+    return [
+        get_maybe_sharded_checkpoint_filename(path, cfg.checkpoint.checkpoint_suffix, i, shards)
+        for path in split_paths(cfg.common_eval.path)
+        for i in range(shards)
+    ]
+
+
+def _decoding(cfg):
+    usual = GenerationConfig()
+    options = {
+        name: value
+        for name, value in OmegaConf.to_container(cfg.generation).items()
+        if name in ALWAYS_TOLD
+        or (name not in ("_name", "no_seed_provided") and value != getattr(usual, name))
+    }
+    if options["max_len_a"]:  # the longest length is that of a batch
+        options.update(max_tokens=cfg.dataset.max_tokens, batch_size=cfg.dataset.batch_size)
+    if options.get("sampling"):
+        options["seed"] = cfg.common.seed
+    if cfg.common.fp16:
+        options["fp16"] = True
+    if cfg.common_eval.model_overrides != "{}":
+        options["model_overrides"] = cfg.common_eval.model_overrides
+    return options
+
+
+def _own_version():
+    try:
+        return version("lslora_fairseq")
+    except PackageNotFoundError:
+        return "uninstalled"
+
+
+def data_sum(folder, subset, pair):
+    """Checksum of what a direction is decoded from: its texts and their dictionaries."""
+    source, target = pair.split("-")
+    found = hashlib.sha256()
+    for a, b in ((source, target), (target, source)):
+        for language in (source, target):
+            for ending in ("bin", "idx"):
+                path = os.path.join(folder, f"{subset}.{a}-{b}.{language}.{ending}")
+                if os.path.exists(path):
+                    found.update(sha256(path).encode())
+    for language in (source, target):
+        path = os.path.join(folder, f"dict.{language}.txt")
+        if os.path.exists(path):
+            found.update(sha256(path).encode())
+    return found.hexdigest()
