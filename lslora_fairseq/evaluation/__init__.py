@@ -1,0 +1,1 @@
+"""Test sets translated, scored and compared, all directions at once."""
