@@ -43,16 +43,24 @@ def is_english(code):
     return code.split("_")[0] in ENGLISH
 
 
-def by_tier(codes, tiers):
-    """Languages in the order of rows and columns: tier by tier, in the order of the tiers.
+def axes(pairs, tiers):
+    """Rows and columns of a matrix: source languages and target languages.
+
+    Both are in the same order, tier by tier in the order of the tiers, then as first seen.
 
     Returns:
-        tier -> codes; None is the tier of languages without one, and comes last
+        for each side, tier -> its languages; None, the last, is the tier of those without one
     """
-    found = {tier: [] for tier in (*tiers.values(), None)}
-    for code in dict.fromkeys(codes):
-        found[tiers.get(code)].append(code)
-    return {tier: members for tier, members in found.items() if members}
+    by_side = list(zip(*map(sides, pairs)))
+    languages = dict.fromkeys(code for codes in by_side for code in codes)
+    return [
+        {
+            tier: members
+            for tier in (*dict.fromkeys(tiers.values()), None)
+            if (members := [c for c in languages if c in codes and tiers.get(c) == tier])
+        }
+        for codes in map(set, by_side)
+    ]
 
 
 def mean(values):

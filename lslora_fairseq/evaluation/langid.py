@@ -6,7 +6,7 @@ a short sentence is often taken for another language, and so are names, numbers,
 with that of the references, or between systems.
 """
 
-from functools import lru_cache
+from functools import cache
 from importlib.metadata import version as version_of
 
 from lslora_fairseq.errors import ConfigError
@@ -69,7 +69,7 @@ def known(code):
     return None
 
 
-@lru_cache(maxsize=None)
+@cache
 def _names():
     """Code in langcodes' standard form -> the library's name."""
     py3langid, langcodes = _libraries()

@@ -2,7 +2,7 @@
 
 import os
 import re
-from functools import lru_cache
+from functools import cache
 from hashlib import sha256
 from http.client import HTTPException
 
@@ -103,7 +103,7 @@ def for_language(tokenizer, target):
 
 # of one process; a SentencePiece model takes a while to load. `force` leaves out a warning for
 # text that looks tokenised, for each direction and metric again; scores are the same.
-@lru_cache(maxsize=None)
+@cache
 def _piece_bleu(path):
     bleu = BLEU(tokenize="none", force=True)
     bleu.tokenizer = Pieces(path)
@@ -111,7 +111,7 @@ def _piece_bleu(path):
     return bleu
 
 
-@lru_cache(maxsize=None)
+@cache
 def _bleu(tokenizer):
     if tokenizer not in TOKENIZERS:
         raise ConfigError(
@@ -148,7 +148,7 @@ def _published_bleu(tokenizer):
             os.remove(path)
         base = BASE_MODELS.get(tokenizer)
         hint = f" (the one that comes with {base} is probably the same file)" if base else ""
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
         raise ConfigError(
             f"--bleu-tokenizer: sacrebleu cannot download its SentencePiece model of {tokenizer} "
             f"({reason}): put the file of {url} at {path}, or score with a SentencePiece model "

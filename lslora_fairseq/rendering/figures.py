@@ -67,11 +67,18 @@ def write_cells(axes, values, text, is_dark, fontsize=7):
         values: (rows, columns), nan where there is none
         text: value -> what to write
         is_dark: value -> whether the cell is dark, so that white can be read on it
+
+    Returns:
+        (row, column) -> matplotlib Text
     """
+    written = {}
     for (row, column), value in np.ndenumerate(values):
         if not np.isnan(value):
             colour = "white" if is_dark(value) else INK
-            axes.text(column, row, text(value), color=colour, fontsize=fontsize, **CENTRED)
+            written[row, column] = axes.text(
+                column, row, text(value), color=colour, fontsize=fontsize, **CENTRED
+            )
+    return written
 
 
 def part_tiers(sizes, line):
@@ -85,14 +92,15 @@ def part_tiers(sizes, line):
         line(border - 0.5, color="white", linewidth=4)
 
 
-def name_tiers(axes, tiers):
-    """Names the tiers on the right, beside their rows.
+def name_tiers(axes, tiers, side="right"):
+    """Names the tiers beside their rows, or with *side* ``top`` above their columns.
 
     Args:
-        tiers: tier -> its languages, in the order of the rows
+        tiers: tier -> its languages, in the order of the rows or columns
     """
     sizes = np.array([len(codes) for codes in tiers.values()])
-    names = axes.secondary_yaxis("right")
-    names.set_yticks(np.cumsum(sizes) - sizes / 2 - 0.5, tiers, fontsize=9)
+    places = np.cumsum(sizes) - sizes / 2 - 0.5
+    names = axes.secondary_xaxis(side) if side == "top" else axes.secondary_yaxis(side)
+    (names.set_xticks if side == "top" else names.set_yticks)(places, tiers, fontsize=9)
     names.tick_params(length=0)
     names.spines[:].set_visible(False)
