@@ -26,6 +26,7 @@ setup(
     extras_require={
         "quickstart": ["polib"],
         "plot": ["matplotlib>=3.8"],
+        "langid": ["py3langid>=0.2.2", "langcodes>=3.3"],
         "test": [
             "pytest",
             "pytest-cov",
@@ -36,6 +37,8 @@ setup(
             "wtforms",
             "humanize",
             "matplotlib>=3.8",
+            "py3langid>=0.2.2",
+            "langcodes>=3.3",
         ],
     },
 )

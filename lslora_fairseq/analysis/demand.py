@@ -1,7 +1,7 @@
 """``lslora demand``: how much of its adapters each language needs, and where (section 5)."""
 
-from lslora_fairseq.analysis import tables
 from lslora_fairseq.lora.plan import MODULES
+from lslora_fairseq.rendering import figures, tables
 
 EXAMPLES = """\
 examples:
@@ -38,11 +38,11 @@ def run(args):
     from lslora_fairseq.analysis import plot, survivors, trained
 
     if args.plot:
-        plot.check(args.plot)
+        figures.check(args.plot)
     checkpoint = trained.read(args.checkpoint)
     demand = survivors.read_demand(checkpoint)
     if args.plot:
-        plot.save(plot.figure(demand), args.plot)
+        figures.save(plot.figure(demand), args.plot)
     print(FORMATS[args.format](demand))
     return 0
 

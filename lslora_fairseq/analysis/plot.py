@@ -1,54 +1,11 @@
 """The demand as a figure: a heat map of languages and layers, and bars for module types."""
 
-import os
-from importlib.util import find_spec
-
 import numpy as np
 
-from lslora_fairseq.errors import ConfigError
 from lslora_fairseq.lora.plan import MODULES, SIDES
+from lslora_fairseq.rendering import figures
 
-EXTENSIONS = (".png", ".pdf", ".svg")
 COLOURS = "YlGnBu"
-INK, GREY = "#333333", "#d9d9d9"
-CENTRED = {"ha": "center", "va": "center"}
-ROW, NARROW_ROW = 0.26, 0.14  # height of a language in inches
-
-
-def check(path):
-    """Whether a figure can be drawn and written there, told before the work for it.
-
-    Raises:
-        ConfigError: another extension, matplotlib is missing, or the file cannot be written.
-    """
-    if os.path.splitext(path)[1].lower() not in EXTENSIONS:
-        raise ConfigError(
-            f"--plot {path} must end in one of {', '.join(EXTENSIONS)}: the ending picks the format"
-        )
-    if find_spec("matplotlib") is None:
-        raise ConfigError("--plot needs matplotlib: pip install 'matplotlib>=3.8', or leave it out")
-    is_new = not os.path.exists(path)
-    try:
-        open(path, "ab").close()
-    except OSError as error:
-        raise _unwritable(path, error) from None
-    if is_new:
-        os.remove(path)
-
-
-def save(figure, path):
-    """Writes a figure in the format of its extension."""
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise _unwritable(path, error) from None
-
-
-def _unwritable(path, error):
-    return ConfigError(
-        f"--plot {path} cannot be written ({error.strerror or error}): name a file in a folder "
-        "that is there and has room"
-    )
 
 
 def figure(demand):
@@ -66,9 +23,8 @@ def figure(demand):
 
     stacks = [stack for stack in MODULES if demand.modules(stack)]
     maps = {stack: _heat(demand, stack) for stack in stacks}
-    languages = len(demand.plan.languages)
     columns = [max(heat.shape[1], 3) for heat in maps.values()]
-    map_height = max(2.4, languages * (ROW if languages <= 40 else NARROW_ROW))
+    map_height = max(2.4, figures.rows_height(len(demand.plan.languages)))
     made = Figure(
         figsize=(max(10, 2.6 + 0.42 * sum(columns)), map_height + 5.2), layout="constrained"
     )
@@ -80,12 +36,13 @@ def figure(demand):
         top = made.add_subplot(grid[0, number], sharey=top, label=f"{stack} layers")
         image = _draw_map(top, demand, stack, maps[stack], most)
         if number == 0:
-            _label_languages(top, demand)
+            figures.name_rows(top, [c for codes in demand.tiers.values() for c in codes])
+            top.set_ylabel("language", fontsize=9)
         else:
             top.tick_params(labelleft=False)
         left = made.add_subplot(grid[1, number], sharey=left, label=f"{stack} modules")
         _draw_bars(left, demand, stack)
-    _label_tiers(top, demand)
+    figures.name_tiers(top, demand.tiers)
     bar = made.colorbar(
         image, ax=made.axes[::2], fraction=0.04, pad=0.02, format=PercentFormatter(1, 0)
     )
@@ -120,35 +77,16 @@ def _heat(demand, stack):
 
 def _draw_map(axes, demand, stack, heat, most):
     image = axes.imshow(heat, cmap=COLOURS, vmin=0, vmax=most, aspect="auto")
-    axes.set_facecolor(GREY)  # shines through where there are no adapters
+    axes.set_facecolor(figures.GREY)  # shines through where there are no adapters
     axes.set_title(f"{stack}: languages and layers", fontsize=10)
     axes.set_xlabel(f"{stack} layer\n{_whose(demand, stack)}", fontsize=9)
     axes.set_xticks(range(heat.shape[1]))
     axes.tick_params(length=0, labelsize=8)
-    for border in np.cumsum([len(codes) for codes in demand.tiers.values()])[:-1]:
-        axes.axhline(border - 0.5, color="white", linewidth=4)
+    figures.part_tiers([len(codes) for codes in demand.tiers.values()], axes.axhline)
     axes.spines[:].set_visible(False)
     if len(heat) <= 16:
-        for (row, column), share in np.ndenumerate(heat):
-            if not np.isnan(share):
-                colour = "white" if share > 0.6 * most else INK
-                axes.text(column, row, _percent(share), color=colour, fontsize=7, **CENTRED)
+        figures.write_cells(axes, heat, _percent, lambda share: share > 0.6 * most)
     return image
-
-
-def _label_languages(axes, demand):
-    codes = [code for codes in demand.tiers.values() for code in codes]
-    axes.set_yticks(range(len(codes)), codes, fontsize=8 if len(codes) <= 40 else 6)
-    axes.set_ylabel("language", fontsize=9)
-
-
-def _label_tiers(axes, demand):
-    """Names the tiers on the right, beside their rows."""
-    sizes = np.array([len(codes) for codes in demand.tiers.values()])
-    names = axes.secondary_yaxis("right")
-    names.set_yticks(np.cumsum(sizes) - sizes / 2 - 0.5, demand.tiers, fontsize=9)
-    names.tick_params(length=0)
-    names.spines[:].set_visible(False)
 
 
 def _draw_bars(axes, demand, stack):
@@ -162,7 +100,7 @@ def _draw_bars(axes, demand, stack):
         axes.bar(places, [demand.mean(shares[m], tier) for m in modules], width, label=tier)
     average = demand.mean(demand.shares(demand.sites(stack=stack)))
     axes.axhline(
-        average, color=INK, linewidth=1, linestyle="--", label="all languages, all modules"
+        average, color=figures.INK, linewidth=1, linestyle="--", label="all languages, all modules"
     )
     axes.set_title(f"{stack}: module types", fontsize=10)
     axes.set_xticks(range(len(modules)), modules, rotation=30, ha="right", fontsize=8)

@@ -4,9 +4,9 @@ from dataclasses import astuple, dataclass, fields
 from itertools import groupby
 from typing import Optional
 
-from lslora_fairseq.analysis import tables
 from lslora_fairseq.errors import ConfigError
 from lslora_fairseq.lora.plan import MODULES, SIDES
+from lslora_fairseq.rendering import tables
 
 CLEAR, SLIGHT = 0.2, 0.05
 ON_A_TIE = {"encoder": "source", "decoder": "target"}

@@ -5,9 +5,9 @@ import logging
 import re
 from dataclasses import astuple, dataclass, fields
 
-from lslora_fairseq.analysis import tables
 from lslora_fairseq.errors import ConfigError
 from lslora_fairseq.lora.plan import MODULES
+from lslora_fairseq.rendering import tables
 
 logger = logging.getLogger(__name__)
 

@@ -10,6 +10,7 @@ from test_demand import NEED, keep, measured
 
 from lslora_fairseq.analysis import plot
 from lslora_fairseq.errors import ConfigError
+from lslora_fairseq.rendering import figures
 
 
 def axes_of(figure):
@@ -86,9 +87,9 @@ def test_layers_without_adapters_are_empty_and_a_stack_without_is_left_out(tmp_p
 )
 def test_the_ending_picks_the_format(tmp_path, name, starts):
     path = tmp_path / name
-    plot.check(str(path))
+    figures.check(str(path))
     assert not path.exists()
-    plot.save(plot.figure(measured(tmp_path)), str(path))
+    figures.save(plot.figure(measured(tmp_path)), str(path))
     assert path.read_bytes().startswith(starts)
 
 
@@ -96,13 +97,13 @@ def test_many_languages_have_narrow_rows_and_no_numbers(tmp_path):
     tiers = ",".join(f"l{number}" for number in range(50))
     found = measured(tmp_path, lambda *_: 1, lora_tiers=f"high={tiers}", pruning_final_sparsity=0.1)
     figure = plot.figure(found)
-    assert figure.get_size_inches()[1] == pytest.approx(50 * plot.NARROW_ROW + 5.2)
+    assert figure.get_size_inches()[1] == pytest.approx(50 * figures.NARROW_ROW + 5.2)
     assert not axes_of(figure)["encoder layers"].texts
 
 
 def test_an_ending_that_is_no_format():
     with pytest.raises(ConfigError) as caught:
-        plot.check("demand.jpg")
+        figures.check("demand.jpg")
     assert str(caught.value) == (
         "--plot demand.jpg must end in one of .png, .pdf, .svg: the ending picks the format"
     )
@@ -111,7 +112,7 @@ def test_an_ending_that_is_no_format():
 def test_a_place_that_cannot_be_written(tmp_path):
     path = tmp_path / "none" / "demand.png"
     with pytest.raises(ConfigError) as caught:
-        plot.check(str(path))
+        figures.check(str(path))
     assert str(caught.value) == (
         f"--plot {path} cannot be written (No such file or directory): name a file in a folder "
         "that is there and has room"
@@ -121,14 +122,14 @@ def test_a_place_that_cannot_be_written(tmp_path):
 def test_a_file_that_is_there_is_not_touched_by_the_check(tmp_path):
     path = tmp_path / "demand.png"
     path.write_bytes(b"old")
-    plot.check(str(path))
+    figures.check(str(path))
     assert path.read_bytes() == b"old"
 
 
 def test_without_matplotlib_the_remedy_is_told(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ConfigError) as caught:
-        plot.check(str(tmp_path / "demand.png"))
+        figures.check(str(tmp_path / "demand.png"))
     assert str(caught.value) == (
         "--plot needs matplotlib: pip install 'matplotlib>=3.8', or leave it out"
     )

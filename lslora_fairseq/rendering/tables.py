@@ -1,4 +1,4 @@
-"""How the analyses are printed: aligned columns, CSV, JSON, and flags for the next run."""
+"""How results are printed: aligned columns, CSV, JSON, and flags for the next run."""
 
 import csv
 import io

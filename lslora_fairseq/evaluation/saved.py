@@ -1,0 +1,77 @@
+"""What ``lslora evaluate`` left in its folder, read back."""
+
+import json
+import os
+from hashlib import sha256
+
+from lslora_fairseq.errors import ConfigError, listed
+
+VERSION = 1
+FILE = "scores.json"
+AGAIN = "run lslora evaluate again, with the same arguments"
+KEYS = ("models", "data", "subset", "tiers", "tokenizers", "spm", "metrics", "directions")
+
+
+def load(folder):
+    """The results in a folder of ``lslora evaluate``.
+
+    Returns:
+        the content of its scores.json, which names at least one direction
+
+    Raises:
+        ConfigError: no such folder, no results in it, results that are damaged, of a later version
+            of this package, or incomplete.
+    """
+    if not os.path.isdir(folder):
+        raise ConfigError(f"{folder}: no such folder: name one that lslora evaluate wrote")
+    path = os.path.join(folder, FILE)
+    if not os.path.isfile(path):
+        raise ConfigError(f"{folder} holds no {FILE}: name a folder that lslora evaluate wrote")
+    try:
+        with open(path, encoding="utf-8") as file:
+            results = json.load(file)
+        version = results["version"]
+        if version > VERSION:
+            raise ConfigError(
+                f"{path} is of version {version}, this lslora_fairseq reads up to {VERSION}: "
+                "update it, or evaluate again with this one"
+            )
+        missing = [key for key in KEYS if key not in results]
+        incomplete = [
+            pair
+            for pair, direction in results["directions"].items()
+            if not all(metric in direction["scores"] for metric in results["metrics"])
+        ]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(
+            f"{path} is damaged ({type(error).__name__}: {error}): delete it and {AGAIN}"
+        ) from None
+    if missing:
+        raise ConfigError(f"{path} lacks {listed(missing)}: {AGAIN}")
+    if incomplete or not results["directions"]:
+        raise ConfigError(f"{path} lacks scores of {listed(incomplete) or 'directions'}: {AGAIN}")
+    return results
+
+
+def read_lines(folder, pair, kind, results):
+    """The sentences of one direction, checked to be those that were scored.
+
+    Args:
+        kind: ``src``, ``ref`` or ``hyp``
+        results: what :func:`load` returned
+
+    Raises:
+        ConfigError: the file is gone or has changed.
+    """
+    path = os.path.join(folder, f"{pair}.{kind}")
+    try:
+        with open(path, "rb") as file:
+            content = file.read()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}): {AGAIN}") from None
+    if sha256(content).hexdigest() != results["directions"][pair]["sha256"][kind]:
+        raise ConfigError(f"{path} has changed since it was scored: {AGAIN}")
+    # not splitlines(): a sentence may hold other characters that it takes for line ends
+    return content.decode("utf-8").removesuffix("\n").split("\n")
