@@ -10,8 +10,8 @@ from lslora_fairseq.errors import one_line_errors
 
 # Subcommand -> its module in this package, and what it does, in one line. The module has EXAMPLES
 # (text), add_arguments(parser) and run(args), which returns the exit status. Only the one that is
-# called gets imported, so that another's needs cannot break it. A module that reads its command line
-# by itself, beside the options of fairseq, has parse(argv) too.
+# called gets imported, so that another's needs cannot break it. A module that reads its command
+# line by itself, beside the options of fairseq, has parse(argv) too.
 COMMANDS = {
     "doctor": (
         "doctor",

@@ -264,18 +264,18 @@ class Text:
         )
         return self._decoded(text)
 
-    def sentence(self, example, task):
-        """The source and the reference (None without one) of an example of a direction's data."""
+    def sentence(self, batch, task):
+        """The source and the reference (None without one) of a batch of one sentence."""
         of_source, of_target = self.stripped(task)
-        source = self.source.string(
-            example["source"], self.symbol, extra_symbols_to_ignore=of_source
-        )
-        if example.get("target") is None:
-            return self._decoded(source), None
-        target = self.target.string(
-            example["target"], self.symbol, escape_unk=True, extra_symbols_to_ignore=of_target
-        )
-        return self._decoded(source), self._decoded(target)
+        source, target = batch["net_input"]["src_tokens"][0], batch["target"]
+        source = self.source.string(source, self.symbol, extra_symbols_to_ignore=of_source)
+        if target is not None:
+            target = self._decoded(
+                self.target.string(
+                    target[0], self.symbol, escape_unk=True, extra_symbols_to_ignore=of_target
+                )
+            )
+        return self._decoded(source), target
 
     def _decoded(self, text):
         for tool in (self.bpe, self.tokenizer):

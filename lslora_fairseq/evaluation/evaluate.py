@@ -11,8 +11,8 @@ examples:
   lslora evaluate data --path base.pt --out results_base --pairs 'en-*,*-en' --fp16
       a stock model, from and into English; its languages and tokens are taken from the checkpoint
       if that tells them, else give --langs, --encoder-langtok, --decoder-langtok
-  lslora evaluate data --path a.pt:b.pt --out results --references 'flores/devtest/{lang}.devtest' \\
-      --bleu-tokenizer flores200,auto --plot scores.png
+  lslora evaluate data --path a.pt:b.pt --out results --plot scores.png \\
+      --references 'flores/devtest/{lang}.devtest' --bleu-tokenizer flores200,auto
       an ensemble; spBLEU and BLEU on the raw references, and a heat map
 
 Started again, it goes on where it stopped, and scores anew what was scored otherwise. Every other
@@ -96,7 +96,9 @@ def _add_own(parser):
         "--format", choices=("table", "json", "csv", "latex"), default="table",
         help="(default: table)",
     )  # fmt: skip
-    add("--plot", metavar="FILE", help="also draw a heat map: .png, .pdf or .svg (needs matplotlib)")
+    add(
+        "--plot", metavar="FILE", help="also draw a heat map: .png, .pdf or .svg (needs matplotlib)"
+    )
 
 
 def parse(argv):
@@ -117,15 +119,15 @@ def parse(argv):
     parser = options.get_generation_parser(default_task="translation_multi_lslora")
     parser.error = _refuse
     _add_own(parser)
-    defaults = vars(options.parse_args_and_arch(parser, ["", "--out", ""]))
     args = options.parse_args_and_arch(parser, argv)
-    if args.task != defaults["task"]:
+    if args.task != parser.get_default("task"):
         raise ConfigError(f"--task {args.task}: leave it out, stock models are decoded as well")
     if args.path is None:
         raise ConfigError("--path is missing: name the checkpoint to decode with")
     for name, remedy in REFUSED.items():
-        if getattr(args, name) != defaults[name]:
-            raise ConfigError(f"--{name.replace('_', '-')} has no place in lslora evaluate: {remedy}")
+        if getattr(args, name) != parser.get_default(name):
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{option} has no place in lslora evaluate: {remedy}")
     if args.max_tokens is None and args.batch_size is None:
         args.max_tokens = 12000
     args.cfg = convert_namespace_to_omegaconf(args)
@@ -262,8 +264,8 @@ def _texts(text, references, task, dataset, pair):
     """Source and reference lines of a direction by the suffixes of their files."""
     lines = references.raw(pair, len(dataset))
     if lines is None:
-        examples = map(dataset.__getitem__, range(len(dataset)))
-        lines = zip(*(text.sentence(example, task) for example in examples))
+        batches = (dataset.collater([dataset[number]]) for number in range(len(dataset)))
+        lines = zip(*(text.sentence(batch, task) for batch in batches))
     return dict(zip(("src", "ref"), map(list, lines)))
 
 

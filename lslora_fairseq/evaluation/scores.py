@@ -1,6 +1,5 @@
 """Scores of the directions in a folder, computed side by side and kept there."""
 
-import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -55,8 +54,10 @@ class Scores:
              self.settings["langid"]) for p in todo
         ]  # fmt: skip
         with ProcessPoolExecutor(min(cores(), len(jobs)), get_context("fork")) as pool:
-            done = pool.map(_score, jobs)
-            for pair, facts in zip(todo, tqdm(done, "scoring", len(jobs), False, sys.stderr, disable=None)):
+            done = tqdm(
+                pool.map(_score, jobs), "scoring", len(jobs), leave=False, disable=None,
+            )  # fmt: skip
+            for pair, facts in zip(todo, done):
                 results["directions"][pair].pop("off_target", None)
                 results["directions"][pair].update(facts)
         results.setdefault("seconds", {})["score"] = time.perf_counter() - began

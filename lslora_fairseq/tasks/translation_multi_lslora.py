@@ -7,6 +7,7 @@ from argparse import Namespace
 
 import torch
 from fairseq.data.iterators import EpochBatchIterator
+from fairseq.data.multilingual.multilingual_utils import get_lang_tok
 from fairseq.distributed.utils import get_global_world_size
 from fairseq.logging import metrics
 from fairseq.tasks import register_task
@@ -286,7 +287,11 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
         _, spec = self.args.langtoks["main"]
         if not spec:
             return {}
-        token = {code: self.data_manager.get_decoder_langtok(code, spec) for code in set(codes)}
+        dictionary, style = self.target_dictionary, self.args.lang_tok_style
+        token = {
+            code: self.data_manager.get_langtok_index(get_lang_tok(code, style, spec), dictionary)
+            for code in set(codes)
+        }
         tokens = like.new_tensor([token[code] for code in codes])
         if self.args.lang_tok_replacing_bos_eos:
             return {"bos_token": tokens.repeat_interleave(beams)}
