@@ -34,9 +34,9 @@ def load(folders):
     for other in others:
         _check_comparable(baseline, loaded[baseline], other, loaded[other])
     for folder, results in loaded.items():
-        for pair in results["directions"]:
+        for pair, direction in results["directions"].items():
             for kind in ("ref", "hyp"):
-                saved.read_lines(folder, pair, kind, results)
+                saved.read_lines(folder, pair, kind, direction["sha256"])
     return loaded
 
 
@@ -79,10 +79,10 @@ def compare(loaded, metric=None):
         metric: name of a metric; None is the main one
 
     Returns:
-        dict with ``baseline``, ``metric``, ``signatures`` (signature -> target languages), ``level``
-        and ``systems``: for each ``system``, ``directions`` and ``groups``, each with
-        ``baseline`` and ``score`` (of a group the mean), ``difference``, ``p`` and ``verdict``
-        (better, worse or undecided); and the number of directions of each verdict
+        dict with ``baseline``, ``metric``, ``signatures`` (signature -> target languages),
+        ``resamples``, ``seed``, ``level`` and ``systems``: for each ``system``, ``directions`` and
+        ``groups``, each with ``baseline`` and ``score`` (of a group the mean), ``difference``,
+        ``p`` and ``verdict`` (better, worse or undecided); the number of directions of each verdict
 
     Raises:
         ConfigError: the results have no such metric, or it cannot be computed here.
@@ -93,9 +93,12 @@ def compare(loaded, metric=None):
     if metric not in names:
         raise ConfigError(f"--metric {metric}: {baseline} has no such scores: {', '.join(names)}")
     _check_spm(baseline, results["spm"], metric)
+    spm = results["spm"] and results["spm"]["path"]
+    options = {"tokenizers": results["tokenizers"], "spm": spm}
     for target in {groups.sides(pair)[1] for pair in results["directions"]}:
-        _metric(metric, target, results)  # told before the work; and processes inherit it
-    found = _resample_all(loaded, metric, seed := bootstrap.seed())
+        scoring.metric(metric, target, **options)  # told before the work; processes inherit it
+    seed = bootstrap.seed()
+    found = _resample_all(loaded, partial(_resample, metric, options, seed))
     return {
         "baseline": baseline,
         "metric": metric,
@@ -128,20 +131,18 @@ def _check_spm(folder, spm, metric):
         )
 
 
-def _metric(name, target, results):
-    spm = results["spm"] and results["spm"]["path"]
-    return scoring.metric(name, target, tuple(results["tokenizers"]), spm)
-
-
-def _resample_all(loaded, metric, seed):
-    """pair -> scores, draws and signature of :func:`_resample`, in as many processes as CPUs."""
+def _resample_all(loaded, work):
+    """pair -> what *work* returns, done in as many processes as there are CPUs."""
     pairs = list(next(iter(loaded.values()))["directions"])
-    work = partial(_resample, loaded, metric, seed)
+    checksums = [
+        {folder: results["directions"][pair]["sha256"] for folder, results in loaded.items()}
+        for pair in pairs
+    ]
     processes = min(len(pairs), _cpus())
     if processes == 1:
-        return dict(zip(pairs, _counted(map(work, pairs), len(pairs))))
+        return dict(zip(pairs, _counted(map(work, pairs, checksums), len(pairs))))
     with ProcessPoolExecutor(processes) as pool:
-        return dict(zip(pairs, _counted(pool.map(work, pairs), len(pairs))))
+        return dict(zip(pairs, _counted(pool.map(work, pairs, checksums), len(pairs))))
 
 
 def _cpus():
@@ -160,12 +161,12 @@ def _counted(results, total):
         yield result
 
 
-def _resample(loaded, name, seed, pair):
+def _resample(name, options, seed, pair, checksums):
     """(systems,) scores, (systems, 1000) draws, and the signature, of one direction."""
-    baseline, results = next(iter(loaded.items()))
-    metric = _metric(name, groups.sides(pair)[1], results)
-    references = saved.read_lines(baseline, pair, "ref", results)
-    systems = [saved.read_lines(folder, pair, "hyp", own) for folder, own in loaded.items()]
+    metric = scoring.metric(name, groups.sides(pair)[1], **options)
+    folders = list(checksums)
+    references = saved.read_lines(folders[0], pair, "ref", checksums[folders[0]])
+    systems = [saved.read_lines(folder, pair, "hyp", checksums[folder]) for folder in folders]
     scores, draws = bootstrap.resample(metric, systems, references, seed)
     signature = metric.get_signature()
     signature.update("bs", bootstrap.RESAMPLES)
@@ -225,11 +226,12 @@ def examples(loaded, pair):
         )
     chrf = CHRF(word_order=2)
     sources, references, before = (
-        saved.read_lines(baseline, pair, kind, results) for kind in ("src", "ref", "hyp")
+        saved.read_lines(baseline, pair, kind, results["directions"][pair]["sha256"])
+        for kind in ("src", "ref", "hyp")
     )
     found = []
     for folder, own in others:
-        after = saved.read_lines(folder, pair, "hyp", own)
+        after = saved.read_lines(folder, pair, "hyp", own["directions"][pair]["sha256"])
         changed = [
             {
                 "system": folder,
