@@ -1,5 +1,6 @@
 """``lslora compare``: is a system better than another, in which directions, and by how much."""
 
+from lslora_fairseq.errors import ConfigError
 from lslora_fairseq.evaluation import reports
 from lslora_fairseq.rendering import figures, tables
 
@@ -49,6 +50,10 @@ def run(args):
 
     if args.plot:
         figures.check(args.plot)
+    if args.examples and args.format == "csv":
+        raise ConfigError(
+            "--examples has no place in --format csv: choose table or json, or leave it out"
+        )
     loaded = comparison.load([args.baseline, *args.systems])
     examples = comparison.examples(loaded, args.examples) if args.examples else []
     found = comparison.compare(loaded, args.metric)
@@ -100,7 +105,7 @@ def _json(found, examples):
     return tables.json_text({**found, "examples": examples} if examples else found)
 
 
-def _csv(found, examples):
+def _csv(found, _):
     rows = []
     for system in found["systems"]:
         for kind in ("directions", "groups"):

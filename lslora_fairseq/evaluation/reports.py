@@ -191,11 +191,11 @@ def _conditions(results):
         ("model", ", ".join(models)),
         ("test set", f"{results['subset']} of {results['data']}, {sentences:,} sentences"),
         ("references", results["references"]),
-        ("text", results["text"]),
+        ("detokenised", results["text"]),
         ("decoding", settings),
-        ("near ties", f"{ties:,}"),
+        ("near ties", f"{ties:,} of {sentences:,} sentences"),
     ]
-    return "\n".join(f"{name:<12}{text}" for name, text in lines)
+    return "\n".join(f"{name:<13}{text}" for name, text in lines)
 
 
 def _csv(results):

@@ -32,16 +32,19 @@ class Pieces(BaseTokenizer):
         path: the model's file
 
     Raises:
-        ConfigError: no such file, or not a SentencePiece model.
+        ConfigError: the file cannot be read, or is not a SentencePiece model.
     """
 
     def __init__(self, path):
         from sentencepiece import SentencePieceProcessor
 
-        if not os.path.isfile(path):
-            raise ConfigError(f"--spm {path}: no such file: name a SentencePiece model")
-        with open(path, "rb") as file:
-            content = file.read()
+        try:
+            with open(path, "rb") as file:
+                content = file.read()
+        except OSError as error:
+            raise ConfigError(
+                f"--spm {path} cannot be read ({error.strerror}): name a SentencePiece model"
+            ) from None
         self.sha256 = sha256(content).hexdigest()
         self.model = SentencePieceProcessor()
         try:

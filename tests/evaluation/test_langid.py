@@ -18,6 +18,7 @@ def test_the_share_of_other_languages():
     assert langid.off_target(lines, "de") == 0.25
     assert langid.off_target(lines, "fra_Latn") == 0.75
     assert langid.off_target([CHINESE], "zho_simpl") == 0
+    assert langid.off_target(["上海是一个大城市。"], "zh") == 0  # Wu, says the library
 
 
 def test_an_empty_hypothesis_is_off_target():

@@ -48,12 +48,12 @@ en→x                 2    17.0   8.5        2.0%
 x→en                 2    22.0  11.0        5.0%
 all                  4    19.5   9.8        4.0%
 
-model       tuned.pt (abababab)
-test set    test of data/finetune, 4,000 sentences
-references  detokenised test set
-text        sentencepiece
-decoding    beam 5, lenpen 1.0
-near ties   8"""
+model        tuned.pt (abababab)
+test set     test of data/finetune, 4,000 sentences
+references   detokenised test set
+detokenised  sentencepiece
+decoding     beam 5, lenpen 1.0
+near ties    8 of 4,000 sentences"""
 
 
 def test_the_table():

@@ -182,7 +182,7 @@ def test_a_file_that_is_no_sentencepiece_model(tmp_path, content):
 
 def test_a_file_that_is_not_there():
     assert told("de", [], "gone.model") == (
-        "--spm gone.model: no such file: name a SentencePiece model"
+        "--spm gone.model cannot be read (No such file or directory): name a SentencePiece model"
     )
 
 
