@@ -16,8 +16,9 @@ examples:
 Each folder is one that lslora evaluate wrote; all are of the same test set. The first is the
 baseline. p is that of sacrebleu's paired bootstrap test (1,000 resamples, seed SACREBLEU_SEED);
 for a group of directions, that of the mean of their scores. Below 0.05 the system is better or
-worse, else undecided. Equal hypotheses have p = 1. Of many directions without a true difference,
-some come out as decided: one in twenty. Then trust the groups more than any one direction.
+worse, else undecided. Equal hypotheses have p = 1. The test is generous: of systems that are
+equally good, about one pair in nine comes out as decided. Among many directions, some are; trust
+the groups more than any one direction.
 """
 
 HEADER = (
