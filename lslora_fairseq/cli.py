@@ -27,6 +27,10 @@ COMMANDS = {
         "analysis.suggest",
         "ranks and modules for a budget of parameters, from the demand",
     ),
+    "compare": (
+        "evaluation.compare",
+        "is a system better than another, direction by direction and tier by tier",
+    ),
 }
 
 

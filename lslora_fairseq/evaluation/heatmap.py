@@ -82,10 +82,10 @@ def _mark_undecided(texts, rows, tiers):
     for pair, row in rows.items():
         source, target = groups.sides(pair)
         text = texts[sources.index(source), targets.index(target)]
-        if row["verdict"] == "undecided":
-            text.set(color=FAINT)
-        else:
-            text.set(fontweight="bold")
+        if row["verdict"] != "undecided":
+            text.set_fontweight("bold")
+        elif text.get_color() == figures.INK:  # on a dark cell, white stays
+            text.set_color(FAINT)
 
 
 def _codes(pairs, tiers):

@@ -30,9 +30,15 @@ def signatures(results, metric):
     Returns:
         signature -> target languages, in order
     """
+    found = results["directions"].items()
+    return by_signature({pair: d["scores"][metric]["signature"] for pair, d in found})
+
+
+def by_signature(signature_of):
+    """pair -> signature, turned into signature -> target languages, in order."""
     found = defaultdict(dict)
-    for pair, direction in results["directions"].items():
-        found[direction["scores"][metric]["signature"]][groups.sides(pair)[1]] = True
+    for pair, signature in signature_of.items():
+        found[signature][groups.sides(pair)[1]] = True
     return {signature: list(targets) for signature, targets in found.items()}
 
 
@@ -114,7 +120,7 @@ def _table(results):
     for metric in results["metrics"]:
         title = f"{metric}, source languages in rows, target languages in columns"
         table = _in_parts(*matrix(results, scores(results, metric), one_decimal))
-        parts += [f"{title}\n\n{table}\n\n{_signature_lines(results, metric)}"]
+        parts += [f"{title}\n\n{table}\n\n{signature_lines(signatures(results, metric))}"]
     shares = off_target(results)
     if shares:
         title = f"{OFF_TARGET}: share of hypotheses in another language, by {results['langid']}"
@@ -141,8 +147,12 @@ def _in_parts(header, rows):
     return "\n\n".join(texts)
 
 
-def _signature_lines(results, metric):
-    found = signatures(results, metric)
+def signature_lines(found):
+    """The signatures of a metric, one a line.
+
+    Args:
+        found: signature -> target languages, as :func:`signatures` returns
+    """
     if len(found) == 1:
         return next(iter(found))
     return "\n".join(f"{signature} into {', '.join(t)}" for signature, t in found.items())
@@ -181,11 +191,11 @@ def _conditions(results):
         ("model", ", ".join(models)),
         ("test set", f"{results['subset']} of {results['data']}, {sentences:,} sentences"),
         ("references", results["references"]),
-        ("text", results["text"]),
+        ("detokenised", results["text"]),
         ("decoding", settings),
-        ("near ties", f"{ties:,}"),
+        ("near ties", f"{ties:,} of {sentences:,} sentences"),
     ]
-    return "\n".join(f"{name:<12}{text}" for name, text in lines)
+    return "\n".join(f"{name:<13}{text}" for name, text in lines)
 
 
 def _csv(results):

@@ -55,12 +55,12 @@ def load(folder):
     return results
 
 
-def read_lines(folder, pair, kind, results):
+def read_lines(folder, pair, kind, checksums):
     """The sentences of one direction, checked to be those that were scored.
 
     Args:
         kind: ``src``, ``ref`` or ``hyp``
-        results: what :func:`load` returned
+        checksums: kind -> sha256, the ``sha256`` of the direction in scores.json
 
     Raises:
         ConfigError: the file is gone or has changed.
@@ -71,7 +71,7 @@ def read_lines(folder, pair, kind, results):
             content = file.read()
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}): {AGAIN}") from None
-    if sha256(content).hexdigest() != results["directions"][pair]["sha256"][kind]:
+    if sha256(content).hexdigest() != checksums[kind]:
         raise ConfigError(f"{path} has changed since it was scored: {AGAIN}")
     # not splitlines(): a sentence may hold other characters that it takes for line ends
     return content.decode("utf-8").removesuffix("\n").split("\n")

@@ -32,16 +32,19 @@ class Pieces(BaseTokenizer):
         path: the model's file
 
     Raises:
-        ConfigError: no such file, or not a SentencePiece model.
+        ConfigError: the file cannot be read, or is not a SentencePiece model.
     """
 
     def __init__(self, path):
         from sentencepiece import SentencePieceProcessor
 
-        if not os.path.isfile(path):
-            raise ConfigError(f"--spm {path}: no such file: name a SentencePiece model")
-        with open(path, "rb") as file:
-            content = file.read()
+        try:
+            with open(path, "rb") as file:
+                content = file.read()
+        except OSError as error:
+            raise ConfigError(
+                f"--spm {path} cannot be read ({error.strerror}): name a SentencePiece model"
+            ) from None
         self.sha256 = sha256(content).hexdigest()
         self.model = SentencePieceProcessor()
         try:
@@ -81,16 +84,26 @@ def metrics(target, tokenizers, spm=None):
         ConfigError: a tokenizer is unknown, lacks a package, or cannot be downloaded; *spm* is no
             SentencePiece model.
     """
-    made = [("spBLEU", "own", _piece_bleu(spm))] if spm else []
+    return {name: make(target) for name, make in _makers(tokenizers, spm).items()}
+
+
+def metric(name, target, tokenizers, spm=None):
+    """One of :func:`metrics`, without what the others need."""
+    return _makers(tokenizers, spm)[name](target)
+
+
+def _makers(tokenizers, spm):
+    """Name of each metric -> function of the target language that makes it."""
+    made = [("spBLEU", "own", lambda _: _piece_bleu(spm))] if spm else []
     for tokenizer in dict.fromkeys(tokenizers):
         name = "spBLEU" if tokenizer in PUBLISHED_PIECES else "BLEU"
-        made.append((name, tokenizer, _bleu(for_language(tokenizer, target))))
+        made.append((name, tokenizer, lambda target, t=tokenizer: _bleu(for_language(t, target))))
     names = [name for name, _, _ in made]
-    found = {
-        name if names.count(name) == 1 else f"{name} ({tokenizer})": metric
-        for name, tokenizer, metric in made
+    makers = {
+        name if names.count(name) == 1 else f"{name} ({tokenizer})": make
+        for name, tokenizer, make in made
     }
-    return {**found, CHRF_NAME: CHRF(word_order=2)}
+    return {**makers, CHRF_NAME: lambda _: CHRF(word_order=2)}
 
 
 def for_language(tokenizer, target):
