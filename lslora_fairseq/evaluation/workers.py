@@ -15,7 +15,7 @@ from lslora_fairseq.doctor.memory import free_on_cpu
 from lslora_fairseq.errors import ConfigError
 from lslora_fairseq.evaluation.decoding import batches
 
-CPU_TOKENS = 1000  # of a batch on a CPU, where larger ones are no faster
+CPU_TOKENS = 4000
 WINDOW = 30  # batches for each process that directions are taken together for
 LOGIT_BYTES = 20  # of one word of one hypothesis in a step of beam search, measured
 _work = None  # in a worker: the translator, and the directions that batches number
