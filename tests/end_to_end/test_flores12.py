@@ -121,7 +121,7 @@ def test_a_second_run_does_nothing(settings, printed):
     before = files()
     again = {name: script(name, settings) for name in SCRIPTS}
     assert files() == before
-    assert [status for status, _, _ in again.values()] == [0] * 4
+    assert [status for status, _, _ in again.values()] == [0] * 4, again
     model, flores = again["download.sh"][1].splitlines()
     assert model.endswith("615M is complete") and flores.endswith("dataset is complete")
     assert again["prepare.sh"][1].endswith("data is complete\n")
