@@ -39,7 +39,7 @@ def schedule(translator, directions):
     if translator.device.type == "cpu":
         max_tokens = min(max_tokens or CPU_TOKENS, CPU_TOKENS)
         longest = max(int(direction.widths.max()) for direction in directions)
-        rows = max(1, max_tokens // longest) * translator.generator.beam_size
+        rows = max(1, max_tokens // longest) * translator.beams.beam
         workers = in_parallel(rows, len(translator.task.target_dictionary))
     cut, first = [], 0
     enough = WINDOW * workers * (max_tokens or CPU_TOKENS)
