@@ -178,12 +178,8 @@ class Translator:
             for key in batches[0]["net_input"]
             if key != "prev_output_tokens"
         }
-        target = [batch["target"] for batch in batches]
-        return {
-            "id": torch.arange(len(sentences)),
-            "net_input": net_input,
-            "target": None if target[0] is None else _joined(target, pad, self._left("target")),
-        }, order
+        target = _joined([b["target"] for b in batches], pad, self._left("target"))
+        return {"net_input": net_input, "target": target}, order
 
     def _left(self, key):
         args = self.task.args
@@ -196,7 +192,7 @@ class Translator:
         begin = self.task.forced(codes, batch["net_input"]["src_tokens"])
         bos, prefix = begin.get("bos_token"), begin.get("prefix_tokens")
         size = self.cfg.generation.prefix_size
-        if size and batch["target"] is not None:
+        if size:
             prefix = batch["target"][:, :size]
         if prefix is not None:
             ends = torch.tensor(limits, device=prefix.device).unsqueeze(1)
@@ -261,17 +257,14 @@ class Text:
         return self._decoded(self.target.string(tokens, self.symbol, extra_symbols_to_ignore=strip))
 
     def sentence(self, batch, task):
-        """The source and the reference (None without one) of a batch of one sentence."""
+        """The source and the reference of a batch of one sentence."""
         of_source, of_target = self.stripped(task)
-        source, target = batch["net_input"]["src_tokens"][0], batch["target"]
+        source, target = batch["net_input"]["src_tokens"][0], batch["target"][0]
         source = self.source.string(source, self.symbol, extra_symbols_to_ignore=of_source)
-        if target is not None:
-            target = self._decoded(
-                self.target.string(
-                    target[0], self.symbol, escape_unk=True, extra_symbols_to_ignore=of_target
-                )
-            )
-        return self._decoded(source), target
+        target = self.target.string(
+            target, self.symbol, escape_unk=True, extra_symbols_to_ignore=of_target
+        )
+        return self._decoded(source), self._decoded(target)
 
     def _decoded(self, text):
         for tool in (self.bpe, self.tokenizer):
