@@ -56,7 +56,8 @@ def contents(folder):
 def refused(args, told):
     status, said, err = lslora(*args, check=False)
     assert status == 1 and not said
-    (line,) = [line for line in err.splitlines() if "decoded " not in line]
+    *progress, line = err.splitlines()
+    assert all("decoded " in line for line in progress)
     assert line.startswith("lslora: error: ")
     assert told in line
     return line
