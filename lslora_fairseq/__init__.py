@@ -6,11 +6,17 @@ and ``lslora doctor`` also work where fairseq is not installed or cannot be impo
 """
 
 import sys
+from contextlib import nullcontext
+
+_IS_CONSOLE_COMMAND = getattr(sys.modules.get("lslora"), "IS_CONSOLE_COMMAND", False)
 
 
 def register():
     """Registers the model, the task and the optimizers, and mends fairseq's checkpoint files."""
-    from lslora_fairseq import checkpoints, models, optim, tasks  # noqa: F401
+    from lslora_fairseq.startup import without_unused
+
+    with without_unused() if _IS_CONSOLE_COMMAND else nullcontext():
+        from lslora_fairseq import checkpoints, models, optim, tasks  # noqa: F401
 
     checkpoints.allow_fairseq_checkpoints()
     checkpoints.receive_checkpoints_from_own_processes()
@@ -19,7 +25,7 @@ def register():
     checkpoints.tell_what_is_loaded()
 
 
-if not getattr(sys.modules.get("lslora"), "IS_CONSOLE_COMMAND", False):
+if not _IS_CONSOLE_COMMAND:
     try:
         import fairseq  # noqa: F401
     except Exception:  # whatever ails it; lslora doctor tells

@@ -17,7 +17,7 @@ from fairseq import checkpoint_utils, utils
 from fairseq.data import data_utils
 
 from lslora_fairseq.errors import ConfigError
-from lslora_fairseq.evaluation.search import fairseq_limit, limit_lengths, set_limits
+from lslora_fairseq.evaluation.search import BeamSearch
 
 TIE = 1e-4  # scores (log-probabilities, normalised by length) that are closer than this
 
@@ -91,9 +91,9 @@ class Translator:
                 model.half()
             model.to(self.device)
             model.prepare_for_inference_(cfg)
+            model.eval()
         cfg.task.source_lang, cfg.task.target_lang = direction
-        self.generator = task.build_generator(self.models, cfg.generation)
-        limit_lengths(self.generator)
+        self.beams = BeamSearch(self.models, task.target_dictionary, cfg.generation)
 
     def direction(self, pair):
         """Loads the sentences of a direction.
@@ -120,9 +120,8 @@ class Translator:
             raise ConfigError(f"{pair} has no sentence: leave it out with --pairs")
         sizes = np.array([dataset.size(i) for i in range(len(dataset))]).reshape(len(dataset), -1)
         limits = [-1] * len(dataset)
-        a, b = cfg.generation.max_len_a, cfg.generation.max_len_b
         for batch in batches:
-            limit = fairseq_limit(self.generator, int(sizes[batch, 0].max()), a, b)
+            limit = self.beams.limit(int(sizes[batch, 0].max()))
             for sentence in batch:
                 limits[sentence] = limit
         too_long = limits.index(-1) if -1 in limits else None
@@ -150,11 +149,8 @@ class Translator:
             batch = utils.move_to_cuda(batch)
         sentences = [sentences[number] for number in order]
         limits = [direction.limits[number] for direction, number in sentences]
-        set_limits(self.generator, limits, self.device)
-        with torch.no_grad():
-            found = self.generator.generate(
-                self.models, batch, **self._beginnings(batch, sentences, limits)
-            )
+        begin = self._beginnings(batch, sentences, limits)
+        found = self.beams.search(batch["net_input"], limits, **begin)
         seconds = (time.perf_counter() - began) / len(sentences)
         results = [None] * len(sentences)
         for place, (direction, _), hypotheses in zip(order, sentences, found):
@@ -182,12 +178,8 @@ class Translator:
             for key in batches[0]["net_input"]
             if key != "prev_output_tokens"
         }
-        target = [batch["target"] for batch in batches]
-        return {
-            "id": torch.arange(len(sentences)),
-            "net_input": net_input,
-            "target": None if target[0] is None else _joined(target, pad, self._left("target")),
-        }, order
+        target = _joined([b["target"] for b in batches], pad, self._left("target"))
+        return {"net_input": net_input, "target": target}, order
 
     def _left(self, key):
         args = self.task.args
@@ -197,30 +189,33 @@ class Translator:
         """What each sentence begins with: its language token, or the first tokens of the
         reference, no further than its limit."""
         codes = [direction.target for direction, _ in sentences]
-        tokens = batch["net_input"]["src_tokens"]
-        begin = self.task.forced(codes, tokens, self.generator.beam_size)
+        begin = self.task.forced(codes, batch["net_input"]["src_tokens"])
+        bos, prefix = begin.get("bos_token"), begin.get("prefix_tokens")
         size = self.cfg.generation.prefix_size
         if size:
-            begin["prefix_tokens"] = batch["target"][:, :size].clone()
-        if "prefix_tokens" in begin:
-            prefix = begin["prefix_tokens"]
-            ends = torch.tensor(limits, device=tokens.device).unsqueeze(1)
-            beyond = torch.arange(prefix.size(1), device=tokens.device) >= ends
-            begin["prefix_tokens"] = prefix.masked_fill(beyond, self.generator.pad)
-        return begin
+            prefix = batch["target"][:, :size]
+        if prefix is not None:
+            ends = torch.tensor(limits, device=prefix.device).unsqueeze(1)
+            beyond = torch.arange(prefix.size(1), device=prefix.device) >= ends
+            prefix = prefix.masked_fill(beyond, self.beams.pad)
+        return {"bos": bos, "prefix": prefix}
 
-    def _read(self, direction, hypotheses):
+    def _read(self, direction, found):
+        """The n best as text, and whether the best two are nearly as good."""
         _, strip = self.text.stripped(direction.task)
-        read = [
-            Hypothesis(h["score"].item() / math.log(2), self.text.hypothesis(h["tokens"], strip))
-            for h in hypotheses[: max(2, self.cfg.generation.nbest)]
+
+        def text(hypothesis):
+            return self.text.hypothesis(hypothesis.tokens, strip)
+
+        best = [
+            Hypothesis(h.score / math.log(2), text(h)) for h in found[: self.cfg.generation.nbest]
         ]
         is_tie = (
-            len(read) > 1
-            and read[0].text != read[1].text
-            and abs(read[0].score - read[1].score) * math.log(2) < TIE
+            len(found) > 1
+            and found[0].score - found[1].score < TIE
+            and text(found[0]) != text(found[1])
         )
-        return read[: self.cfg.generation.nbest], is_tie
+        return best, is_tie
 
 
 def _joined(tensors, pad, left):
@@ -259,23 +254,17 @@ class Text:
 
     def hypothesis(self, tokens, strip):
         """The text of a hypothesis; *strip* are its target's tokens that are no text."""
-        _, text, _ = utils.post_process_prediction(
-            tokens.int().cpu(), "", None, None, self.target, self.symbol, strip
-        )
-        return self._decoded(text)
+        return self._decoded(self.target.string(tokens, self.symbol, extra_symbols_to_ignore=strip))
 
     def sentence(self, batch, task):
-        """The source and the reference (None without one) of a batch of one sentence."""
+        """The source and the reference of a batch of one sentence."""
         of_source, of_target = self.stripped(task)
-        source, target = batch["net_input"]["src_tokens"][0], batch["target"]
+        source, target = batch["net_input"]["src_tokens"][0], batch["target"][0]
         source = self.source.string(source, self.symbol, extra_symbols_to_ignore=of_source)
-        if target is not None:
-            target = self._decoded(
-                self.target.string(
-                    target[0], self.symbol, escape_unk=True, extra_symbols_to_ignore=of_target
-                )
-            )
-        return self._decoded(source), target
+        target = self.target.string(
+            target, self.symbol, escape_unk=True, extra_symbols_to_ignore=of_target
+        )
+        return self._decoded(source), self._decoded(target)
 
     def _decoded(self, text):
         for tool in (self.bpe, self.tokenizer):

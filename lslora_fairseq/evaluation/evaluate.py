@@ -1,6 +1,9 @@
 """``lslora evaluate``: decodes and scores all directions of a model."""
 
+import logging
 import sys
+import warnings
+from dataclasses import fields
 
 from lslora_fairseq.errors import ConfigError
 
@@ -16,9 +19,9 @@ examples:
       an ensemble; spBLEU and BLEU on the raw references, and a heat map
 
 Started again, it goes on where it stopped, and scores anew what was scored otherwise. Every other
-option of fairseq-generate is taken too, with its name and default, apart from those that pick one
-direction or print more than hypotheses. Hypotheses are those of one fairseq-generate (with
---required-batch-size-multiple 1) for each direction.
+option of fairseq-generate that has a meaning here is taken too, with its name and default: not
+those that pick one direction, sample, or print more than hypotheses. Hypotheses are those of one
+fairseq-generate (with --required-batch-size-multiple 1) for each direction.
 """
 
 # what the help says of fairseq-generate's options; fairseq's own parser reads them
@@ -42,14 +45,6 @@ REFUSED = {
     "target_lang": "choose directions with --pairs",
     "results_path": "name the folder with --out",
     "required_batch_size_multiple": "every sentence is decoded; leave it out",
-    "score_reference": "use fairseq-generate",
-    "match_source_len": "use fairseq-generate",
-    "constraints": "use fairseq-generate",
-    "replace_unk": "use fairseq-generate",
-    "print_alignment": "use fairseq-generate",
-    "print_step": "use fairseq-generate",
-    "retain_iter_history": "use fairseq-generate",
-    "lm_path": "use fairseq-generate",
 }
 
 
@@ -114,7 +109,10 @@ def parse(argv):
 
     lslora_fairseq.register()
     from fairseq import options
+    from fairseq.dataclass.configs import GenerationConfig
     from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+
+    from lslora_fairseq.evaluation.search import BeamSearch
 
     parser = options.get_generation_parser(default_task="translation_multi_lslora")
     parser.error = _refuse
@@ -124,13 +122,19 @@ def parse(argv):
         raise ConfigError(f"--task {args.task}: leave it out, stock models are decoded as well")
     if args.path is None:
         raise ConfigError("--path is missing: name the checkpoint to decode with")
-    for name, remedy in REFUSED.items():
-        if getattr(args, name) != parser.get_default(name):
+    others = {f.name for f in fields(GenerationConfig)} - {*BeamSearch.OPTIONS, "sacrebleu"}
+    for name, remedy in {
+        **REFUSED,
+        **dict.fromkeys(sorted(others), "use fairseq-generate"),
+    }.items():
+        if getattr(args, name, None) != parser.get_default(name):
             option = f"--{name.replace('_', '-')}"
             raise ConfigError(f"{option} has no place in lslora evaluate: {remedy}")
     if args.max_tokens is None and args.batch_size is None:
         args.max_tokens = 12000
-    args.cfg = convert_namespace_to_omegaconf(args)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of hydra, about fairseq's use of it
+        args.cfg = convert_namespace_to_omegaconf(args)
     return args
 
 
@@ -153,6 +157,7 @@ def run(args):
 
     if args.plot:
         figures.check(args.plot)
+    logging.getLogger("fairseq").setLevel(logging.ERROR)  # what it warns of is told here
     cfg, data = args.cfg, split_paths(args.data)[0]
     asked = pairs.chosen(args.pairs, pairs.in_data(data, args.gen_subset))
     scores = Scores(args.bleu_tokenizer, args.spm, args.langid, asked)
@@ -189,7 +194,10 @@ def _tiers(args):
     spec = args.tiers or read_args(split_paths(args.path)[0]).get("lora_tiers")
     if not spec:
         return {}
-    languages = Languages.parse(spec)
+    try:
+        languages = Languages.parse(spec)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("--lora-tiers", "--tiers")) from None
     order = sorted(languages.codes, key=lambda code: languages.tiers.index(languages.tier(code)))
     return {code: languages.tier(code) for code in order}
 

@@ -7,10 +7,9 @@ import os
 from contextlib import contextmanager
 
 from lslora_fairseq.errors import ConfigError, listed
+from lslora_fairseq.evaluation import saved
 
-VERSION = 1
 PLACES = ("data", "path")  # told; where a file lies does not matter
-SCORES = "scores.json"
 
 
 def sha256(path):
@@ -64,7 +63,7 @@ class Folder:
             raise ConfigError(
                 f"another run is at work in {path}: wait for its end, or name another --out"
             ) from None
-        self.results = self._found() or {"version": VERSION, **made_with, "directions": {}}
+        self.results = self._found() or {"version": saved.VERSION, **made_with, "directions": {}}
         for name, value in made_with.items():
             was = self.results.get(name)
             if name not in PLACES and _without_places(was) != _without_places(value):
@@ -76,16 +75,15 @@ class Folder:
 
     def _found(self):
         """What was there before, or None."""
-        path = self.file(SCORES)
-        if not os.path.exists(path):
+        if not os.path.exists(self.file(saved.FILE)):
             texts = sorted(name for name in os.listdir(self.path) if name.endswith(".hyp"))
             if texts:
                 raise ConfigError(
-                    f"{self.path} has {listed(texts)} and no {SCORES}, which would tell what made "
+                    f"{self.path} has {listed(texts)}, and no {saved.FILE} that tells what made "
                     "them: name another --out"
                 )
             return None
-        return read(self.path)
+        return saved.read(self.path)
 
     def file(self, name):
         return os.path.join(self.path, name)
@@ -132,14 +130,15 @@ class Folder:
         self.save()
 
     def lines(self, pair, suffix):
-        with open(self.file(f"{pair}.{suffix}"), encoding="utf-8", newline="\n") as file:
-            return [line.rstrip("\n") for line in file]
+        """The sentences of a text of a direction."""
+        sums = self.results["directions"][pair]["sha256"]
+        return saved.read_lines(self.path, pair, suffix, sums)
 
     def save(self):
         """Writes ``scores.json`` anew."""
         ordered = dict(sorted(self.results["directions"].items()))
         content = {**self.results, "directions": ordered}
-        self._replace(SCORES, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        self._replace(saved.FILE, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
     def _replace(self, name, text):
         """A file appears under its name once it is complete."""
@@ -174,28 +173,3 @@ def _told(name, value, other):
         odd = [k for k in {**value, **other} if value.get(k) != other.get(k)]
         return f"{name} " + ", ".join(f"{k}={value.get(k)}" for k in odd)
     return f"{name} {json.dumps(value)}"
-
-
-def read(path):
-    """What the ``scores.json`` of a folder holds.
-
-    Raises:
-        ConfigError: it is not there, damaged, or of a later version of this package.
-    """
-    file = os.path.join(path, SCORES)
-    try:
-        with open(file, encoding="utf-8") as opened:
-            results = json.load(opened)
-    except OSError as error:
-        raise ConfigError(
-            f"{file}: {error.strerror}: name a folder that lslora evaluate wrote"
-        ) from None
-    except ValueError:
-        raise ConfigError(f"{file} is damaged: run lslora evaluate into another folder") from None
-    if not isinstance(results, dict) or results.get("version") != VERSION:
-        version = results.get("version") if isinstance(results, dict) else None
-        raise ConfigError(
-            f"{file} is of version {version}, this package reads {VERSION}: use the version of "
-            "lslora_fairseq that wrote it"
-        )
-    return results

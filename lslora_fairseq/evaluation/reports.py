@@ -195,6 +195,9 @@ def _conditions(results):
         ("decoding", settings),
         ("near ties", f"{ties:,} of {sentences:,} sentences"),
     ]
+    too_long = sum(d.get("too_long", 0) for d in directions)
+    if too_long:
+        lines.append(("too long", f"{too_long:,} sentences, of which the hypotheses are empty"))
     return "\n".join(f"{name:<13}{text}" for name, text in lines)
 
 

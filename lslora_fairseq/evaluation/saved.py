@@ -12,15 +12,11 @@ AGAIN = "run lslora evaluate again, with the same arguments"
 KEYS = ("models", "data", "subset", "tiers", "tokenizers", "spm", "metrics", "directions")
 
 
-def load(folder):
-    """The results in a folder of ``lslora evaluate``.
-
-    Returns:
-        the content of its scores.json, which names at least one direction
+def read(folder):
+    """What the scores.json of a folder holds, complete or not.
 
     Raises:
-        ConfigError: no such folder, no results in it, results that are damaged, of a later version
-            of this package, or incomplete.
+        ConfigError: it is not there, damaged, or of a later version of this package.
     """
     if not os.path.isdir(folder):
         raise ConfigError(f"{folder}: no such folder: name one that lslora evaluate wrote")
@@ -30,26 +26,39 @@ def load(folder):
     try:
         with open(path, encoding="utf-8") as file:
             results = json.load(file)
-        version = results["version"]
-        if version > VERSION:
-            raise ConfigError(
-                f"{path} is of version {version}, this lslora_fairseq reads up to {VERSION}: "
-                "update it, or evaluate again with this one"
-            )
-        missing = [key for key in KEYS if key not in results]
-        incomplete = [
-            pair
-            for pair, direction in results["directions"].items()
-            if not all(metric in direction["scores"] for metric in results["metrics"])
-        ]
+        is_later = results["version"] > VERSION
+        if not is_later:
+            results["directions"].values()
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        if isinstance(error, ConfigError):
-            raise
         raise ConfigError(
-            f"{path} is damaged ({type(error).__name__}: {error}): delete it and {AGAIN}"
+            f"{path} is damaged ({type(error).__name__}: {error}): delete the folder and {AGAIN}"
         ) from None
+    if is_later:
+        raise ConfigError(
+            f"{path} is of version {results['version']}, this lslora_fairseq reads up to "
+            f"{VERSION}: update it, or evaluate again with this one"
+        )
+    return results
+
+
+def load(folder):
+    """The complete results in a folder of ``lslora evaluate``.
+
+    Returns:
+        the content of its scores.json, which names at least one direction
+
+    Raises:
+        ConfigError: :func:`read` refuses it, or it is incomplete.
+    """
+    results, path = read(folder), os.path.join(folder, FILE)
+    missing = [key for key in KEYS if key not in results]
     if missing:
         raise ConfigError(f"{path} lacks {listed(missing)}: {AGAIN}")
+    incomplete = [
+        pair
+        for pair, direction in results["directions"].items()
+        if not all(metric in direction.get("scores", {}) for metric in results["metrics"])
+    ]
     if incomplete or not results["directions"]:
         raise ConfigError(f"{path} lacks scores of {listed(incomplete) or 'directions'}: {AGAIN}")
     return results

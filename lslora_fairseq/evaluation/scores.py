@@ -4,7 +4,6 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
-import sacrebleu
 from tqdm import tqdm
 
 from lslora_fairseq.cores import cores
@@ -43,7 +42,6 @@ class Scores:
             folder: a :class:`~lslora_fairseq.evaluation.folder.Folder`
         """
         began, results = time.perf_counter(), folder.results
-        results["versions"]["sacrebleu"] = sacrebleu.__version__
         new = {name: results.get(name) for name in self.settings} != self.settings
         results.update(self.settings)
         todo = [p for p, facts in results["directions"].items() if new or "scores" not in facts]

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 import fairseq
@@ -9,9 +10,9 @@ import torch
 from fairseq.checkpoint_utils import get_maybe_sharded_checkpoint_filename
 from fairseq.dataclass.configs import GenerationConfig
 from fairseq.utils import split_paths
-from omegaconf import OmegaConf
 
 from lslora_fairseq.evaluation.folder import sha256
+from lslora_fairseq.evaluation.search import BeamSearch
 
 ALWAYS_TOLD = ("beam", "lenpen", "max_len_a", "max_len_b")
 
@@ -38,11 +39,7 @@ def made_with(cfg, task, text):
             "style": task.args.lang_tok_style,
             "replacing_bos_eos": bool(task.args.lang_tok_replacing_bos_eos),
         },
-        "text": {
-            "remove_bpe": text.symbol,
-            "bpe": getattr(cfg.bpe, "_name", None),
-            "tokenizer": getattr(cfg.tokenizer, "_name", None),
-        },
+        "text": _text(cfg, text),
         "versions": {
             "lslora_fairseq": _own_version(),
             "fairseq": fairseq.__version__,
@@ -63,15 +60,12 @@ def _files(cfg):
 def _decoding(cfg):
     usual = GenerationConfig()
     options = {
-        name: value
-        for name, value in OmegaConf.to_container(cfg.generation).items()
-        if name in ALWAYS_TOLD
-        or (name not in ("_name", "no_seed_provided") and value != getattr(usual, name))
+        name: getattr(cfg.generation, name)
+        for name in BeamSearch.OPTIONS
+        if name in ALWAYS_TOLD or getattr(cfg.generation, name) != getattr(usual, name)
     }
     if options["max_len_a"]:  # the longest length is that of a batch
         options.update(max_tokens=cfg.dataset.max_tokens, batch_size=cfg.dataset.batch_size)
-    if options.get("sampling"):
-        options["seed"] = cfg.common.seed
     if cfg.common.fp16:
         options["fp16"] = True
     if cfg.common_eval.model_overrides != "{}":
@@ -79,11 +73,24 @@ def _decoding(cfg):
     return options
 
 
+def _text(cfg, text):
+    """How tokens became plain text, in fairseq's options."""
+    found = {
+        "--remove-bpe": text.symbol,
+        "--bpe": getattr(cfg.bpe, "_name", None),
+        "--tokenizer": getattr(cfg.tokenizer, "_name", None),
+    }
+    return " ".join(f"{option} {value}" for option, value in found.items() if value) or "as it is"
+
+
 def _own_version():
     try:
         return version("lslora_fairseq")
     except PackageNotFoundError:
         return "uninstalled"
+
+
+_sum = cache(sha256)  # directions share dictionaries, and texts
 
 
 def data_sum(folder, subset, pair):
@@ -95,9 +102,9 @@ def data_sum(folder, subset, pair):
             for ending in ("bin", "idx"):
                 path = os.path.join(folder, f"{subset}.{a}-{b}.{language}.{ending}")
                 if os.path.exists(path):
-                    found.update(sha256(path).encode())
+                    found.update(_sum(path).encode())
     for language in (source, target):
         path = os.path.join(folder, f"dict.{language}.txt")
         if os.path.exists(path):
-            found.update(sha256(path).encode())
+            found.update(_sum(path).encode())
     return found.hexdigest()

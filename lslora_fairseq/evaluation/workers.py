@@ -3,10 +3,14 @@
 The processes are copies of the one that loaded the models, and share its weights.
 """
 
+import os
 import signal
+import sys
+import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 
 import torch
 
@@ -15,9 +19,11 @@ from lslora_fairseq.doctor.memory import free_on_cpu
 from lslora_fairseq.errors import ConfigError
 from lslora_fairseq.evaluation.decoding import batches
 
-CPU_TOKENS = 4000
-WINDOW = 30  # batches for each process that directions are taken together for
-LOGIT_BYTES = 20  # of one word of one hypothesis in a step of beam search, measured
+MAX_TOKENS = 12000  # of a batch, where neither option limits it: fairseq-generate's default
+BATCHES = 8  # for each process: directions are taken together until there are so many
+LEAST_TOKENS = 1000  # of a batch, however few there are for each process
+LOGIT_BYTES = 16  # that a step of beam search takes for one word of one hypothesis
+OF_FREE_MEMORY = 0.6
 _work = None  # in a worker: the translator, and the directions that batches number
 
 
@@ -35,18 +41,18 @@ def schedule(translator, directions):
         list of batches of (place in *directions*, number of the sentence); number of processes
     """
     options = translator.cfg.dataset
-    max_tokens, max_sentences, workers = options.max_tokens, options.batch_size, 1
+    max_tokens, max_sentences, workers = options.max_tokens or MAX_TOKENS, options.batch_size, 1
     if translator.device.type == "cpu":
-        max_tokens = min(max_tokens or CPU_TOKENS, CPU_TOKENS)
-        longest = max(int(direction.widths.max()) for direction in directions)
-        rows = max(1, max_tokens // longest) * translator.generator.beam_size
-        workers = in_parallel(rows, len(translator.task.target_dictionary))
+        workers = cores()
+        tokens = sum(int(direction.widths.sum()) for direction in directions)
+        max_tokens = min(max_tokens, max(tokens // (BATCHES * workers), LEAST_TOKENS))
+        sentences = _fitting(translator, workers)
+        max_sentences = min(max_sentences or sentences, sentences)
     cut, first = [], 0
-    enough = WINDOW * workers * (max_tokens or CPU_TOKENS)
     while first < len(directions):
         last, tokens = first, 0
-        while last < len(directions) and (tokens < enough or last == first):
-            tokens += int(directions[last].lengths.sum())
+        while last < len(directions) and tokens < BATCHES * workers * max_tokens:
+            tokens += int(directions[last].widths.sum())
             last += 1
         for batch in batches(directions[first:last], max_tokens, max_sentences):
             cut.append([(place + first, number) for place, number in batch])
@@ -54,17 +60,13 @@ def schedule(translator, directions):
     return cut, workers
 
 
-def in_parallel(rows, words):
-    """How many processes decode on a CPU: one a core, as far as memory allows.
-
-    Args:
-        rows: hypotheses of a batch: sentences · beams
-        words: size of the dictionary
-    """
+def _fitting(translator, workers):
+    """How many sentences of a batch fit into memory beside those of the other processes."""
     free = free_on_cpu()
     if free is None:
-        return cores()
-    return max(1, min(cores(), free // (LOGIT_BYTES * rows * words)))
+        return sys.maxsize
+    row = LOGIT_BYTES * len(translator.task.target_dictionary)
+    return max(1, int(OF_FREE_MEMORY * free / workers / row) // translator.beams.beam)
 
 
 def translated(translator, directions, cut, workers):
@@ -88,8 +90,7 @@ def translated(translator, directions, cut, workers):
         for batch in cut:
             yield batch, _translate(batch)
         return
-    threads = max(1, cores() // workers)
-    pool = ProcessPoolExecutor(workers, get_context("fork"), _start, (threads,))
+    pool = ProcessPoolExecutor(workers, get_context("fork"), _start)
     try:
         pending = {pool.submit(_translate, batch): batch for batch in cut}
         for done in as_completed(pending):
@@ -103,9 +104,15 @@ def translated(translator, directions, cut, workers):
         pool.shutdown(cancel_futures=True)
 
 
-def _start(threads):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process tells them to stop
-    torch.set_num_threads(threads)
+def _start():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process tells it to stop
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent():
+    """A worker would wait for ever for a main process that was killed."""
+    wait([parent_process().sentinel])
+    os._exit(1)
 
 
 def _translate(batch):

@@ -216,7 +216,7 @@ class LSLoTransformerDecoder(_RoutedStack, TransformerDecoderBase):
             for key, side in zip(LANG_IDS, SIDES)
         }
         if incremental_state is not None:
-            with self.routed(ids, self._kept_present(ids, incremental_state)):
+            with routed(self._kept_routes(ids, incremental_state)):
                 return super().extract_features(
                     prev_output_tokens, encoder_out, incremental_state, *args, **kwargs
                 )
@@ -240,15 +240,21 @@ class LSLoTransformerDecoder(_RoutedStack, TransformerDecoderBase):
             "inner_states": [_reorder(x, back) for x in states],
         }
 
-    def _kept_present(self, ids, incremental_state):
-        """The languages of the batch's first step: later steps have no others, and what is
-        stacked for them, or came from the device, serves all steps."""
-        present = incremental_state.get("lslora_present")
-        if present is None:
-            present = incremental_state["lslora_present"] = self.present(ids)
-            for languages in present.values():
+    def _kept_routes(self, ids, incremental_state):
+        """The routes of a step. The languages of the batch's first step are those of all: what is
+        stacked for them, or came from the device, is kept; and routes are, while the sentences
+        are the same."""
+        kept = incremental_state.get("lslora_kept")
+        if kept is None:
+            kept = incremental_state["lslora_kept"] = {"present": self.present(ids)}
+            for languages in kept["present"].values():
                 languages.stacks = {}
-        return present
+        if "ids" not in kept or any(kept["ids"][side] is not ids[side] for side in ids):
+            kept["ids"] = ids
+            kept["routes"] = {
+                side: languages.unsorted(ids[side]) for side, languages in kept["present"].items()
+            }
+        return kept["routes"]
 
 
 def _check_ids(ids, batch):

@@ -269,20 +269,22 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
         if not spec or "target_lang_ids" not in net_input or prefix_tokens is not None:
             return super().inference_step(generator, models, sample, prefix_tokens, constraints)
         codes = [self.languages.codes[i] for i in net_input["target_lang_ids"].tolist()]
-        first = self.forced(codes, net_input["src_tokens"], getattr(generator, "beam_size", 1))
+        first = self.forced(codes, net_input["src_tokens"])
+        if "bos_token" in first:
+            beams = getattr(generator, "beam_size", 1)  # a scorer of references has none
+            first["bos_token"] = first["bos_token"].repeat_interleave(beams)
         with torch.no_grad():
             return generator.generate(models, sample, constraints=constraints, **first)
 
-    def forced(self, codes, like, beams):
+    def forced(self, codes, like):
         """What makes a generator begin each sentence with its own target language's token.
 
         Args:
             codes: (batch,) target languages
             like: a tensor on the device of the batch
-            beams: hypotheses of a sentence
 
         Returns:
-            arguments for ``generator.generate``
+            ``prefix_tokens``, (batch, 1), or ``bos_token``, (batch,); neither if there are none
         """
         _, spec = self.args.langtoks["main"]
         if not spec:
@@ -294,7 +296,7 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
         }
         tokens = like.new_tensor([token[code] for code in codes])
         if self.args.lang_tok_replacing_bos_eos:
-            return {"bos_token": tokens.repeat_interleave(beams)}
+            return {"bos_token": tokens}
         return {"prefix_tokens": tokens.unsqueeze(1)}
 
     def build_bpe(self, args):
