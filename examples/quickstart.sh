@@ -14,8 +14,8 @@ no_arguments "$@"
 
 BASE_PRODUCTS=(plone.app.locales==7.0.4 pretix==2026.8.0)
 FINETUNE_PRODUCTS=(django==5.2.19 wagtail==8.0.1)
-BASE_UPDATES=1800
-FULL_RATES=(0.001 0.0003) # of full fine-tuning; the better one is kept
+BASE_UPDATES=2600
+FULL_RATES=(0.003 0.001) # of full fine-tuning; the better one is kept
 
 # binarise CORPUS LANGUAGE
 binarise() {
@@ -68,10 +68,10 @@ step train_base "$WORK/base" \
     --encoder-langtok src --decoder-langtok \
     --arch transformer "${SIZES[@]}" \
     --optimizer adam --adam-betas '(0.9, 0.98)' --clip-norm 1.0 \
-    --lr-scheduler polynomial_decay --lr 0.003 --warmup-updates 200 \
+    --lr-scheduler polynomial_decay --lr 0.002 --warmup-updates 200 \
     --total-num-update "$BASE_UPDATES" --max-update "$BASE_UPDATES" \
-    --criterion label_smoothed_cross_entropy --label-smoothing 0.1 --dropout 0.1 \
-    --max-tokens 1000 --required-batch-size-multiple 1 --num-workers 0 --seed 1 \
+    --criterion label_smoothed_cross_entropy --label-smoothing 0.1 --dropout 0 \
+    --max-tokens 500 --required-batch-size-multiple 1 --num-workers 0 --seed 1 \
     --save-dir "$WORK/base" --no-epoch-checkpoints --log-format simple --log-interval 50
 # all of its parameters fine-tuned, for comparison: stock fairseq, too
 follows "$(checksum "$ROOT/scripts/best_checkpoint.py")"

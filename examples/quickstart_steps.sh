@@ -129,10 +129,10 @@ FINETUNING=(
     --langs "$LANGS" --lang-pairs "$pairs" --encoder-langtok src --decoder-langtok
     "${SIZES[@]}"
     --adam-betas '(0.9, 0.98)' --clip-norm 1.0
-    --lr-scheduler inverse_sqrt --warmup-updates 50 --max-epoch 6
+    --lr-scheduler inverse_sqrt --warmup-updates 50 --max-epoch 4
     --criterion label_smoothed_cross_entropy --label-smoothing 0.1
     --sampling-method temperature --sampling-temperature 1.5
-    --max-tokens 1500 --required-batch-size-multiple 1 --num-workers 0 --seed 1
+    --max-tokens 750 --required-batch-size-multiple 1 --num-workers 0 --seed 1
     --no-epoch-checkpoints --log-format simple --log-interval 50
 )
 
@@ -145,7 +145,7 @@ finetune() {
         --finetune-from-model "$WORK/base/checkpoint_last.pt" --save-dir "$2" \
         --lora-tiers "$WORK/corpus/tiers.tsv" "${@:5}" \
         --optimizer pruned_adam --lr 0.01 --dropout 0 \
-        --pruning-final-sparsity "$3" --pruning-begin 2 --pruning-duration 4 --pruning-scope "$4"
+        --pruning-final-sparsity "$3" --pruning-begin 1 --pruning-duration 3 --pruning-scope "$4"
 }
 
 # evaluate STEP FOLDER CHECKPOINT CORPUS : a step that decodes and scores the corpus' test set

@@ -179,7 +179,7 @@ def test_a_change_is_followed_by_the_later_steps_only(recipe):
     _, out, _, _ = recipe.run("architecture_learning.sh", sides="target*3")
     assert redone(out) == LEARNING[1:]
     assert "target*3" in recipe.command("finetune_learned")
-    recipe.edit("examples/quickstart.sh", "BASE_UPDATES=1800", "BASE_UPDATES=2000")
+    recipe.edit("examples/quickstart.sh", "BASE_UPDATES=2600", "BASE_UPDATES=2000")
     _, out, _, _ = recipe.run("architecture_learning.sh", sides="target*3")
     assert redone(out) == QUICKSTART[5:] + LEARNING
 
@@ -201,14 +201,14 @@ def test_a_step_that_failed_is_told_and_done_again(recipe):
 
 def test_a_setting_that_was_tried_and_changed_back_starts_its_step_over(recipe):
     recipe.run("quickstart.sh")
-    recipe.edit("examples/quickstart.sh", "BASE_UPDATES=1800", "BASE_UPDATES=2000")
+    recipe.edit("examples/quickstart.sh", "BASE_UPDATES=2600", "BASE_UPDATES=2000")
     status, out, _, _ = recipe.run("quickstart.sh", broken="fairseq-train")
     assert status == 1 and redone(out) == ["train_base"]
-    recipe.edit("examples/quickstart.sh", "BASE_UPDATES=2000", "BASE_UPDATES=1800")
+    recipe.edit("examples/quickstart.sh", "BASE_UPDATES=2000", "BASE_UPDATES=2600")
     status, out, _, _ = recipe.run("quickstart.sh")
     assert status == 0 and redone(out) == ["train_base"]
     assert (recipe.work / "base" / "checkpoint_last.pt").read_text() == "weights\n"
-    assert "1800" in recipe.command("train_base")
+    assert "2600" in recipe.command("train_base")
 
 
 def test_a_change_within_a_function_starts_its_steps_over(recipe):
@@ -216,7 +216,7 @@ def test_a_change_within_a_function_starts_its_steps_over(recipe):
     for script, old, new, first in (
         ("quickstart_steps.sh", "--lenpen 1.5", "--lenpen 1", "decode_base_own"),
         ("quickstart.sh", "_full.$rate.log", "_full_$rate.log", "finetune_full"),
-        ("quickstart.sh", "(0.001 0.0003)", "(0.001)", "finetune_full"),
+        ("quickstart.sh", "(0.003 0.001)", "(0.003)", "finetune_full"),
         ("quickstart_steps.sh", "--clip-norm 1.0", "--clip-norm 2.0", "finetune_full"),
         ("quickstart.sh", "--srcdict ", "--joined-dictionary --srcdict ", "binarise_base"),
         ("quickstart_steps.sh", "OMP_NUM_THREADS=1 ", "OMP_NUM_THREADS=2 ", "binarise_base"),
@@ -266,18 +266,18 @@ def test_full_fine_tunings_run_side_by_side_and_the_best_is_kept(recipe):
     _, out, _, calls = recipe.run("quickstart.sh")
     full = recipe.work / "full"
     words = {}
-    for rate in ("0.001", "0.0003"):
+    for rate in ("0.001", "0.003"):
         assert f"\n    lr {rate}: epoch 001:     50 / 113 loss={rate}\n" in out
         command, *said = recipe.log(f"finetune_full.{rate}").splitlines()
         assert said[0] == f"x | INFO | epoch 001:     50 / 113 loss={rate}, nll_loss=1"
         words[rate] = shlex.split(command)
         assert words[rate][-4:] == ["--lr", rate, "--save-dir", str(full / f"lr_{rate}")]
-    assert words["0.001"][:-4] == words["0.0003"][:-4]
+    assert words["0.001"][:-4] == words["0.003"][:-4]
     adapters = recipe.command("finetune")
     for option in ("--max-epoch", "--max-tokens", "--sampling-temperature", "--clip-norm"):
         assert value(words["0.001"], option) == value(adapters, option)
     (chosen,) = (call for call in calls if "best_checkpoint.py" in call)
-    assert chosen.endswith(f" {full}/lr_0.0003 {full}/lr_0.001 --out {full}")
+    assert chosen.endswith(f" {full}/lr_0.001 {full}/lr_0.003 --out {full}")
     assert value(recipe.command("decode_full"), "--path") == f"{full}/checkpoint_best.pt"
 
 
@@ -302,7 +302,7 @@ def test_models_are_decoded_and_scored_alike(recipe):
 
 
 def test_one_of_several_commands_that_fails_tells_why(recipe):
-    for broken, step in (("--target-lang cs", "binarise_base"), ("--lr 0.0003", "finetune_full")):
+    for broken, step in (("--target-lang cs", "binarise_base"), ("--lr 0.003", "finetune_full")):
         status, out, err, _ = recipe.run("quickstart.sh", broken=broken)
         assert status == 1 and redone(out)[-1] == step
         assert "out of luck" in err
