@@ -85,8 +85,7 @@ read_words "$FOUND/suggestion/flags"
 RANKS_AND_MODULES=("${WORDS[@]}")
 
 finetune finetune_learned "$WORK/learned" 0.9 language "${RANKS_AND_MODULES[@]}" "${SIDES[@]}"
-step decode_learned "$WORK/decoded/learned" \
-    decode_all learned "$WORK/learned/checkpoint_last.pt" finetune
+evaluate decode_learned "$WORK/decoded/learned" "$WORK/learned/checkpoint_last.pt" finetune
 follows "$(checksum "$ROOT"/scripts/{quickstart,architecture}_report.py)"
 step report_learned "$FOUND/report" \
     python "$ROOT/scripts/architecture_report.py" --work "$WORK" \

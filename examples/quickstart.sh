@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The main job on real text, in minutes on a CPU. Builds a many-way parallel corpus from the
 # translation catalogues that PyPI packages ship, trains a small base model on two products,
-# fine-tunes it for two others with language-specific LoRA and gradual pruning, decodes, and
-# prints a table of what came out.
+# fine-tunes it for two others with language-specific LoRA and gradual pruning, and for comparison
+# with all its parameters, decodes, and prints a table of what came out.
 #   bash examples/quickstart.sh
 # Everything is written to quickstart_work/ in the clone (WORK names another folder). The full
 # command of every step stands on top of its log in quickstart_work/logs/. A step that is done is
@@ -15,6 +15,7 @@ no_arguments "$@"
 BASE_PRODUCTS=(plone.app.locales==7.0.4 pretix==2026.8.0)
 FINETUNE_PRODUCTS=(django==5.2.19 wagtail==8.0.1)
 BASE_UPDATES=1800
+FULL_RATES=(0.001 0.0003) # of full fine-tuning; the better one is kept
 
 # binarise CORPUS LANGUAGE
 binarise() {
@@ -25,6 +26,20 @@ binarise() {
     echo "binarised $1 en-$2"
 }
 export -f binarise
+
+# full_finetuning COMMAND... RATE : trains with that learning rate
+full_finetuning() {
+    local rate="${*:$#}"
+    logged "$LOGS/finetune_full.$rate.log" "${@:1:$#-1}" --lr "$rate" \
+        --save-dir "$WORK/full/lr_$rate" | progress "lr $rate: "
+}
+export -f full_finetuning
+
+# full_finetunings RATES COMMAND... : trains with each, and keeps the best
+full_finetunings() {
+    tr ' ' '\n' <<<"$1" | side_by_side full_finetuning "${@:2}" &&
+        python "$ROOT/scripts/best_checkpoint.py" "$WORK"/full/lr_* --out "$WORK/full"
+}
 
 binarise_all() {
     printf '%s\n' "${LANGUAGES[@]}" | side_by_side binarise "$1"
@@ -58,20 +73,25 @@ step train_base "$WORK/base" \
     --criterion label_smoothed_cross_entropy --label-smoothing 0.1 --dropout 0.1 \
     --max-tokens 1000 --required-batch-size-multiple 1 --num-workers 0 --seed 1 \
     --save-dir "$WORK/base" --no-epoch-checkpoints --log-format simple --log-interval 50
+# all of its parameters fine-tuned, for comparison: stock fairseq, too
+follows "$(checksum "$ROOT/scripts/best_checkpoint.py")"
+step finetune_full "$WORK/full" full_finetunings "${FULL_RATES[*]}" \
+    fairseq-train "$WORK/data/finetune" --cpu --user-dir "$ROOT/lslora_fairseq" \
+    --task translation_multi_simple_epoch --arch transformer "${FINETUNING[@]}" \
+    --finetune-from-model "$WORK/base/checkpoint_last.pt" --optimizer adam --dropout 0.1
 # its adapters, and all that runs this package's own code
 follows "$(package_checksum)"
 finetune finetune "$WORK/finetuned" 0.9 language --lora-rank 'high=2,medium=2,low=8'
 
-step decode_base_own "$WORK/decoded/base_own" \
-    decode_all base_own "$WORK/base/checkpoint_last.pt" base
-step decode_base "$WORK/decoded/base" \
-    decode_all base "$WORK/base/checkpoint_last.pt" finetune
-step decode_finetuned "$WORK/decoded/finetuned" \
-    decode_all finetuned "$WORK/finetuned/checkpoint_last.pt" finetune
+evaluate decode_base_own "$WORK/decoded/base_own" "$WORK/base/checkpoint_last.pt" base
+evaluate decode_base "$WORK/decoded/base" "$WORK/base/checkpoint_last.pt" finetune
+evaluate decode_full "$WORK/decoded/full" "$WORK/full/checkpoint_best.pt" finetune
+evaluate decode_finetuned "$WORK/decoded/finetuned" "$WORK/finetuned/checkpoint_last.pt" finetune
 follows "$(checksum "$ROOT/scripts/quickstart_report.py")"
 step report "$WORK/report" \
     python "$ROOT/scripts/quickstart_report.py" --work "$WORK" \
-    --checkpoint "$WORK/finetuned/checkpoint_last.pt" --out "$WORK/report/table.txt"
+    --checkpoint "$WORK/finetuned/checkpoint_last.pt" --choice "$WORK/full/choice.txt" \
+    --out "$WORK/report/table.txt"
 
 echo
 cat "$WORK/report/table.txt"

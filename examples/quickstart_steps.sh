@@ -94,13 +94,13 @@ step() {
     echo "$chain" >"$folder/.done"
 }
 
-# The lines of a log that tell how far a step has come.
+# progress [PREFIX] : the lines of a log that tell how far a step has come
 progress() {
     local epoch='epoch [0-9]+: +[0-9]+ / [0-9]+ loss=[0-9.]+' valid='valid on .* \| loss [0-9.]+'
     local pruned='pruned to sparsity [0-9.]+ at .*' line
-    { grep --line-buffered -oE "$epoch|$valid|$pruned|^(binarised|decoded) .*" || true; } |
+    { grep --line-buffered -oE "$epoch|$valid|$pruned|^(binarised|decoded|lr) .*" || true; } |
         while IFS= read -r line; do
-            echo "    $line"
+            echo "${1:-    }$line"
         done
 }
 
@@ -124,23 +124,36 @@ directions() {
 }
 pairs="$(directions | paste -sd, -)"
 
+# what all fine-tunings share
+FINETUNING=(
+    --langs "$LANGS" --lang-pairs "$pairs" --encoder-langtok src --decoder-langtok
+    "${SIZES[@]}"
+    --adam-betas '(0.9, 0.98)' --clip-norm 1.0
+    --lr-scheduler inverse_sqrt --warmup-updates 50 --max-epoch 6
+    --criterion label_smoothed_cross_entropy --label-smoothing 0.1
+    --sampling-method temperature --sampling-temperature 1.5
+    --max-tokens 1500 --required-batch-size-multiple 1 --num-workers 0 --seed 1
+    --no-epoch-checkpoints --log-format simple --log-interval 50
+)
+
 # finetune STEP FOLDER SPARSITY SCOPE OPTION... : a step that trains adapters of the frozen base
 # model, one LoRA for each language, pruned epoch by epoch; the options say which adapters
 finetune() {
     step "$1" "$2" \
         fairseq-train "$WORK/data/finetune" --cpu --user-dir "$ROOT/lslora_fairseq" \
-        --task translation_multi_lslora --langs "$LANGS" --lang-pairs "$pairs" \
-        --encoder-langtok src --decoder-langtok \
-        --arch lslora_transformer "${SIZES[@]}" \
-        --finetune-from-model "$WORK/base/checkpoint_last.pt" \
+        --task translation_multi_lslora --arch lslora_transformer "${FINETUNING[@]}" \
+        --finetune-from-model "$WORK/base/checkpoint_last.pt" --save-dir "$2" \
         --lora-tiers "$WORK/corpus/tiers.tsv" "${@:5}" \
-        --optimizer pruned_adam --adam-betas '(0.9, 0.98)' --clip-norm 1.0 \
-        --pruning-final-sparsity "$3" --pruning-begin 2 --pruning-duration 4 --pruning-scope "$4" \
-        --lr-scheduler inverse_sqrt --lr 0.01 --warmup-updates 50 --max-epoch 6 \
-        --criterion label_smoothed_cross_entropy --label-smoothing 0.1 --dropout 0 \
-        --sampling-method temperature --sampling-temperature 1.5 \
-        --max-tokens 1500 --required-batch-size-multiple 1 --num-workers 0 --seed 1 \
-        --save-dir "$2" --no-epoch-checkpoints --log-format simple --log-interval 50
+        --optimizer pruned_adam --lr 0.01 --dropout 0 \
+        --pruning-final-sparsity "$3" --pruning-begin 2 --pruning-duration 4 --pruning-scope "$4"
+}
+
+# evaluate STEP FOLDER CHECKPOINT CORPUS : a step that decodes and scores the corpus' test set
+evaluate() {
+    step "$1" "$2" \
+        lslora evaluate "$WORK/data/$4" --path "$3" --out "$2" --cpu \
+        --beam 4 --lenpen 1.5 --max-len-a 1.5 --max-len-b 8 --max-tokens 4000 --num-workers 0 \
+        --spm "$WORK/pieces/spm.model" --tiers "$WORK/corpus/tiers.tsv"
 }
 
 # quoted COMMAND... : prints it as a line that a shell reads
@@ -150,34 +163,16 @@ quoted() {
     echo
 }
 
-# logged LOG COMMAND... : one of many commands that run side by side, on one thread. LOG gets the
-# command and its stderr, whose end is told if it fails.
+# logged LOG COMMAND... : one of several commands that run side by side, on one thread. LOG gets the
+# command and what it prints, whose end is told if it fails; what it prints is passed on.
 logged() {
     quoted "${@:2}" >"$1"
-    OMP_NUM_THREADS=1 "${@:2}" 2>>"$1" && return
+    OMP_NUM_THREADS=1 "${@:2}" 2>&1 | tee -a "$1" && return
     tail -n 3 "$1" >&2
     return 255 # xargs starts no other
 }
 
-# decode NAME CHECKPOINT CORPUS DIRECTION : what fairseq-generate prints on the test set, in
-# decoded/NAME/DIRECTION.out
-decode() {
-    local out="$WORK/decoded/$1/$4.out"
-    [ -f "$out" ] && return
-    logged "$LOGS/decode_$1.$4.log" fairseq-generate "$WORK/data/$3" --cpu \
-        --user-dir "$ROOT/lslora_fairseq" --task translation_multi_lslora --path "$2" \
-        --source-lang "${4%-*}" --target-lang "${4#*-}" --gen-subset test --beam 4 \
-        --lenpen 1.5 --max-len-a 1.5 --max-len-b 8 --max-tokens 4000 \
-        --required-batch-size-multiple 1 --num-workers 0 >"$out.tmp" || return
-    mv "$out.tmp" "$out"
-    echo "decoded $1 $4"
-}
-
 side_by_side() { # FUNCTION ARGUMENT... : calls it with each line of stdin as its last argument
-    xargs -P "$JOBS" -I '{}' bash -c '"$@"' side_by_side "$@" '{}'
+    xargs -P "$JOBS" -I '{}' bash -o pipefail -c '"$@"' side_by_side "$@" '{}'
 }
-
-decode_all() { # NAME CHECKPOINT CORPUS
-    directions | side_by_side decode "$@"
-}
-export -f quoted logged decode
+export -f quoted logged progress

@@ -1,25 +1,19 @@
 #!/usr/bin/env python3
 """Writes the table of the architecture recipe: a learned architecture beside a hand-set one.
 
-BLEU is computed as in the quickstart's table, for the base model and for both fine-tuned ones. The
-gain is that of the learned architecture over the hand-set one, tested by paired bootstrap. Below
-stand the options that the architectures were trained with.
+Scores of the base model and of both fine-tuned ones are read from the folders of `lslora evaluate`
+and averaged as in the quickstart's tables. The gain is that of the learned architecture over the
+hand-set one, tested by the paired bootstrap of `lslora compare`. Below stand the options that the
+architectures were trained with.
 """
 
 import argparse
 from pathlib import Path
 
-from quickstart_report import (
-    Scores,
-    align,
-    count_adapters,
-    groups,
-    load_model,
-    significance,
-    without_pivot,
-)
+from quickstart_report import Scores, align, count_adapters, load_model, tiers
 
 from lslora_fairseq.checkpoints import read_args
+from lslora_fairseq.errors import one_line_errors
 
 OPTIONS = (
     "lora_rank",
@@ -32,15 +26,13 @@ OPTIONS = (
 
 def table(hand_set, learned, scores):
     """Rows of text, the heading first: one for each tier, and one for all."""
-    yield ("tier", "languages", "sentences", "base BLEU", "hand-set", "learned", "gain", "p",
+    yield ("tier", "languages", "sentences", "base", "hand-set", "learned", "gain", "p",
            "trainable hand-set", "trainable learned")  # fmt: skip
-    for name, codes, members in groups(hand_set.languages):
-        scored = without_pivot(codes)
-        base = scores.score("base", scored)
-        count, before, after, p = scores.compared(scored, "finetuned", "learned")
+    for name, codes, members in tiers(hand_set.languages):
         yield (
-            name, members, f"{count:,}", f"{base:.1f}", f"{before:.1f}", f"{after:.1f}",
-            f"{after - before:+.1f}", significance(p),
+            name, members, f"{scores.sentences(codes):,}",
+            *(f"{scores.mean(model, codes):.1f}" for model in scores.names),
+            *scores.compared(codes, "finetuned", "learned"),
             *(f"{count_adapters(model, codes)[0]:,}" for model in (hand_set, learned)),
         )  # fmt: skip
 
@@ -62,15 +54,17 @@ def main():
     parser.add_argument("--learned", required=True, help="checkpoint of the learned architecture")
     parser.add_argument("--out", type=Path, required=True, help="file to write the table to")
     args = parser.parse_args()
-    scores = Scores(args.work)
     paths = (args.hand_set, args.learned)
-    lines = [
-        *align(table(*map(load_model, paths), scores)),
-        "",
-        f"BLEU over SentencePiece pieces, {scores.signature}",
-        "",
-        *options(*map(read_args, paths)),
-    ]
+    with one_line_errors():
+        scores = Scores(args.work / "decoded", ["base", "finetuned", "learned"])
+        lines = [
+            f"{scores.metric}, means over directions",
+            align(table(*map(load_model, paths), scores)),
+            "",
+            scores.signatures[0],
+            "",
+            *options(*map(read_args, paths)),
+        ]
     args.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

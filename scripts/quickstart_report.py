@@ -1,88 +1,76 @@
 #!/usr/bin/env python3
-"""Writes the quickstart's table: BLEU of the base and of the fine-tuned model by resource tier.
+"""Writes the quickstart's tables: the base model, fully fine-tuned and with adapters, by tier.
 
-BLEU is computed over the corpus' own SentencePiece pieces, over all test sentences from and into
-the languages of a tier together; English is a side of every direction and counted in none. The
-gain is tested by paired bootstrap. Trainable parameters and sparsity are counted in the checkpoint.
+Scores are read from the folders of `lslora evaluate`. Those of a tier are means over the directions
+from and into its languages; English is a side of every direction and counted in none. Differences
+are tested by the paired bootstrap of `lslora compare`. Trainable parameters and sparsity are
+counted in the checkpoint of the adapters.
 """
 
 import argparse
-import re
 from pathlib import Path
 
 from fairseq.checkpoint_utils import load_model_ensemble_and_task
-from sacrebleu.metrics import BLEU
-from sacrebleu.significance import PairedTest
 
 import lslora_fairseq  # noqa: F401  registers the model and the task
+from lslora_fairseq.errors import one_line_errors
+from lslora_fairseq.evaluation import comparison, groups, reports, saved
+from lslora_fairseq.evaluation.scoring import CHRF_NAME
+from lslora_fairseq.rendering.tables import aligned
 
 PIVOT = "en"
-# folder of hypotheses -> the corpus whose test set it translates
-DECODED = {
-    "base_own": "base", "base": "finetune", "finetuned": "finetune", "learned": "finetune",
-}  # fmt: skip
-
-
-def read_lines(path):
-    return path.read_text(encoding="utf-8").splitlines()
-
-
-def read_hypotheses(out):
-    """The hypotheses that fairseq-generate printed, in the order of the test set."""
-    found = re.findall(r"^H-(\d+)\t\S+\t(.*)$", out.read_text(encoding="utf-8"), re.M)
-    return [text for _, text in sorted(found, key=lambda item: int(item[0]))]
-
-
-def read_decoded(folder, text, languages):
-    """(hypothesis, reference) pairs, in pieces, of both directions of these languages.
-
-    Raises:
-        SystemExit: a file holds another number of hypotheses than the test set has sentences.
-    """
-    pairs = []
-    for language in languages:
-        for source, target in ((PIVOT, language), (language, PIVOT)):
-            out = folder / f"{source}-{target}.out"
-            hypotheses = read_hypotheses(out)
-            references = read_lines(text / f"test.{PIVOT}-{language}.{target}")
-            if len(hypotheses) != len(references):
-                raise SystemExit(
-                    f"quickstart: error: {out} holds {len(hypotheses)} hypotheses for "
-                    f"{len(references)} sentences: delete {folder} and run again"
-                )
-            pairs += zip(hypotheses, references)
-    return pairs
+ALIGNMENT = "<<" + ">" * 8
 
 
 class Scores:
-    """BLEU on the test set over any subset of the languages."""
+    """Scores of several models on the same test set, over any subset of its languages.
 
-    def __init__(self, work):
-        self.work = work
-        self.bleu = BLEU(tokenize="none")  # pieces are tokens already
-        self.signature = None
+    Args:
+        decoded: the folder with one of `lslora evaluate` for each model
+        names: the models' folders in it
 
-    def _pairs(self, name, languages):
-        return read_decoded(
-            self.work / "decoded" / name, self.work / "pieces" / DECODED[name], languages
-        )
+    Raises:
+        ConfigError: a folder cannot be read, or they are not of the same test set.
+    """
 
-    def score(self, name, languages):
-        hypotheses, references = zip(*self._pairs(name, languages))
-        return self.bleu.corpus_score(hypotheses, [references]).score
+    def __init__(self, decoded, names):
+        self.names = names
+        loaded = comparison.load([str(decoded / name) for name in names])
+        self._results = dict(zip(names, loaded.values()))
+        self._resampled = comparison.resampled(loaded)
+        self.metric = self._resampled.metric
 
-    def compared(self, languages, before="base", after="finetuned"):
-        """(sentences, BLEU of one model, of another, p value of the difference)."""
-        hypotheses_before, references = zip(*self._pairs(before, languages))
-        hypotheses_after, _ = zip(*self._pairs(after, languages))
-        systems = [(before, hypotheses_before), (after, hypotheses_after)]
-        test = PairedTest(systems, {"BLEU": self.bleu}, [references], test_type="bs")
-        signatures, results = test()
-        self.signature = signatures["BLEU"]
-        first, second = results["BLEU"]
-        # of equal hypotheses sacrebleu says that they differ
-        p = 1.0 if hypotheses_before == hypotheses_after else second.p_value
-        return len(references), first.score, second.score, p
+    @property
+    def signatures(self):
+        """The signature of the main metric, and of chrF++."""
+        _, _, tested = next(iter(self._resampled.directions.values()))
+        return tested, reports.short_signature(self._results[self.names[0]], CHRF_NAME)
+
+    def _pairs(self, languages):
+        return [
+            pair
+            for pair in self._resampled.directions
+            if any(code in languages and code != PIVOT for code in groups.sides(pair))
+        ]
+
+    def sentences(self, languages):
+        directions = self._results[self.names[0]]["directions"]
+        return sum(directions[pair]["sentences"] for pair in self._pairs(languages))
+
+    def mean(self, name, languages, metric=None):
+        """Mean of a model's scores over the directions of these languages."""
+        scores = reports.scores(self._results[name], metric or self.metric)
+        return groups.mean([scores[pair] for pair in self._pairs(languages)])
+
+    def compared(self, languages, before, after):
+        """(difference, p) of two models, as cells."""
+        places = self.names.index(before), self.names.index(after)
+        row = comparison.tested(self._resampled, self._pairs(languages), *places)
+        return f"{row['difference']:+.1f}", significance(row["p"])
+
+
+def significance(p):
+    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
 def count_adapters(model, codes):
@@ -98,7 +86,7 @@ def count_adapters(model, codes):
     return trainable, entries, pruned
 
 
-def groups(inventory):
+def tiers(inventory):
     """(name, language codes, the codes as a cell) of each tier and of all languages."""
     for tier in inventory.tiers:
         codes = [code for code in inventory.codes if inventory.tier(code) == tier]
@@ -106,40 +94,66 @@ def groups(inventory):
     yield "all", list(inventory.codes), str(len(inventory))
 
 
-def without_pivot(codes):
-    return [code for code in codes if code != PIVOT]
+def count_frozen(model):
+    return sum(p.numel() for p in model.parameters() if not p.requires_grad)
 
 
-def significance(p):
-    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
-
-
-def table(model, scores):
+def score_table(inventory, scores):
     """Rows of text, the heading first: one for each tier, and one for all."""
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    yield ("tier", "languages", "sentences", "base BLEU", "tuned BLEU", "gain", "p",
-           "trainable", "of base", "sparsity")  # fmt: skip
-    for name, codes, members in groups(model.languages):
-        count, base, tuned, p = scores.compared(without_pivot(codes))
+    yield ("tier", "languages", "sentences", "base", "full", "adapters", "over base", "p",
+           "over full", "p")  # fmt: skip
+    for name, codes, members in tiers(inventory):
+        yield (
+            name, members, f"{scores.sentences(codes):,}",
+            *(f"{scores.mean(model, codes):.1f}" for model in scores.names),
+            *scores.compared(codes, "base", "finetuned"),
+            *scores.compared(codes, "full", "finetuned"),
+        )  # fmt: skip
+
+
+def adapter_table(model, scores):
+    """Rows of text, the heading first: one for each tier, and one for all."""
+    frozen = count_frozen(model)
+    yield "tier", "languages", "base", "full", "adapters", "trainable", "of base", "sparsity"
+    for name, codes, members in tiers(model.languages):
         trainable, entries, pruned = count_adapters(model, codes)
         yield (
-            name, members, f"{count:,}", f"{base:.1f}", f"{tuned:.1f}", f"{tuned - base:+.1f}",
-            significance(p), f"{trainable:,}", f"{trainable / frozen:.2%}",
-            f"{pruned / entries:.3f}",
+            name, members,
+            *(f"{scores.mean(model, codes, CHRF_NAME):.1f}" for model in scores.names),
+            f"{trainable:,}", f"{trainable / frozen:.2%}", f"{pruned / entries:.3f}",
         )  # fmt: skip
 
 
 def align(rows):
-    rows = list(rows)
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
-        names = [f"{cell:<{width}}" for cell, width in zip(row[:2], widths)]
-        numbers = [f"{cell:>{width}}" for cell, width in zip(row[2:], widths[2:])]
-        yield "  ".join(names + numbers)
+    header, *rows = rows
+    return aligned(ALIGNMENT[: len(header)], header, rows)
 
 
 def load_model(checkpoint):
     return load_model_ensemble_and_task([checkpoint])[0][0]
+
+
+def report(work, checkpoint, choice):
+    """The text of the report."""
+    model = load_model(checkpoint)
+    scores = Scores(work / "decoded", ["base", "full", "finetuned"])
+    own = saved.load(str(work / "decoded" / "base_own"))
+    own = groups.mean(list(reports.scores(own, scores.metric).values()))
+    signature, of_chrf = scores.signatures
+    return "\n".join([
+        f"{scores.metric} of the base model on held-out messages of its own products: {own:.1f}",
+        "",
+        f"{scores.metric}, means over directions",
+        align(score_table(model.languages, scores)),
+        "",
+        f"{CHRF_NAME}, means over directions, and the adapters",
+        align(adapter_table(model, scores)),
+        "",
+        f"full: all {count_frozen(model):,} parameters of the base model fine-tuned",
+        choice.read_text(encoding="utf-8").rstrip("\n"),
+        f"{scores.metric} {signature}",
+        f"{CHRF_NAME} {of_chrf}",
+    ])  # fmt: skip
 
 
 def main():
@@ -147,20 +161,13 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--work", type=Path, required=True, help="the quickstart's folder")
-    parser.add_argument("--checkpoint", required=True, help="the fine-tuned model")
-    parser.add_argument("--out", type=Path, required=True, help="file to write the table to")
+    parser.add_argument("--checkpoint", required=True, help="the model with adapters")
+    parser.add_argument("--choice", type=Path, required=True, help="what best_checkpoint.py wrote")
+    parser.add_argument("--out", type=Path, required=True, help="file to write the tables to")
     args = parser.parse_args()
-    model = load_model(args.checkpoint)
-    scores = Scores(args.work)
-    own = scores.score("base_own", without_pivot(model.languages.codes))
-    lines = [
-        f"BLEU of the base model on held-out messages of its own products: {own:.1f}",
-        "",
-        *align(table(model, scores)),
-        "",
-        f"BLEU over SentencePiece pieces, {scores.signature}",
-    ]
-    args.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with one_line_errors():
+        text = report(args.work, args.checkpoint, args.choice)
+    args.out.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -59,12 +59,10 @@ EXTRA_TRAIN_ARGS="${EXTRA_TRAIN_ARGS:-}"
 # ── decoding and scoring ──
 BEAM="${BEAM:-5}"
 BLEU_TOKENIZER="${BLEU_TOKENIZER:-flores101}"  # of sacrebleu
-# more options of fairseq-generate; with --cpu, --fp16 is left out
+# more options of lslora evaluate; with --cpu, --fp16 is left out
 EXTRA_GENERATE_ARGS="${EXTRA_GENERATE_ARGS:-}"
 
-# ── commands side by side ──
-JOBS="${JOBS:-}"                # fairseq-preprocess; as many as there are cores if empty
-DECODE_JOBS="${DECODE_JOBS:-1}" # fairseq-generate: each loads the model
+JOBS="${JOBS:-}" # fairseq-preprocess side by side; as many as there are cores if empty
 
 LANGUAGES="$(tr ';' '\n' <<<"$TIERS" | cut -d= -f2 | tr ',\n' '  ')"
 
@@ -156,11 +154,10 @@ model_languages() {
     echo "$found"
 }
 
-# Options by which fairseq-train and fairseq-generate learn of the languages.
-set_task_args() {
+# Options by which fairseq-train and lslora evaluate learn of the languages.
+set_language_args() {
     MODEL_LANGUAGES="${MODEL_LANGUAGES:-$(model_languages)}"
-    TASK_ARGS=(
-        --user-dir "$ROOT/lslora_fairseq" --task translation_multi_lslora
+    LANGUAGE_ARGS=(
         --langs "$MODEL_LANGUAGES" --lang-pairs "$(directions | paste -sd, -)"
         --encoder-langtok src --decoder-langtok
     )
@@ -192,6 +189,10 @@ sys.exit(not all(map(f, ("fairseq", "sentencepiece", "sacrebleu"))))'
         # shellcheck source=../../scripts/environment.sh
         source "$ROOT/scripts/environment.sh"
     fi
+}
+
+lslora() { # of this clone, whether or not it is installed
+    PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" python -m lslora "$@"
 }
 
 [ -n "$(directions)" ] || fail "TIERS='$TIERS' names no two languages: write 'high=en,fr;low=oc'"

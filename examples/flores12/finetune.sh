@@ -7,7 +7,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/config.sh"
 
 need "$MODEL_DIR/model.pt" "run examples/flores12/download.sh"
-set_task_args
+set_language_args
 need_data
 set_extra_args --amp "$EXTRA_TRAIN_ARGS"
 activate_python
@@ -15,7 +15,8 @@ activate_python
 sides=(--encoder-index-side "$ENCODER_SIDES" --decoder-index-side "$DECODER_SIDES")
 [ -z "$WEIGHT_LEARNING" ] || sides=(--lora-weight-learning)
 options=(
-    "${TASK_ARGS[@]}"
+    --user-dir "$ROOT/lslora_fairseq" --task translation_multi_lslora
+    "${LANGUAGE_ARGS[@]}"
     --arch "$ARCH" --lora-tiers "$TIERS" --lora-rank "$RANKS" --lora-shape "$SHAPE"
     --encoder-target-modules "$ENCODER_MODULES" --decoder-target-modules "$DECODER_MODULES"
     "${sides[@]}"

@@ -17,10 +17,6 @@ python -c 'import matplotlib' 2>/dev/null ||
 mkdir -p "$LEARNED"
 lock "$LEARNED"
 
-lslora() { # of this clone, whether or not it is installed
-    PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" python -m lslora "$@"
-}
-
 # train NAME SETTING=VALUE... : a run of finetune.sh with some settings of its own
 train() {
     env "${@:2}" RANKS="$EQUAL_RANK" SAVE_DIR="$LEARNED/$1" \

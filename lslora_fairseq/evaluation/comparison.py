@@ -5,6 +5,7 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from hashlib import sha256
+from typing import NamedTuple
 
 import numpy as np
 from sacrebleu.metrics import CHRF
@@ -71,6 +72,20 @@ def _text(value):
     return value if isinstance(value, str) else "+".join(value)
 
 
+class Resampled(NamedTuple):
+    """All systems, scored on the same draws.
+
+    Attributes:
+        metric: its name
+        seed: of the draws
+        directions: pair -> (systems,) scores, (systems, 1000) draws, and the signature
+    """
+
+    metric: str
+    seed: int
+    directions: dict
+
+
 def compare(loaded, metric=None):
     """Tests every system against the baseline, in each direction and group of directions.
 
@@ -81,11 +96,38 @@ def compare(loaded, metric=None):
     Returns:
         dict with ``baseline``, ``metric``, ``signatures`` (signature -> target languages),
         ``resamples``, ``seed``, ``level`` and ``systems``: for each ``system``, ``directions`` and
-        ``groups``, each with ``baseline`` and ``score`` (of a group the mean), ``difference``,
-        ``p`` and ``verdict`` (better, worse or undecided); the number of directions of each verdict
+        ``groups``, each with what :func:`tested` returns and a ``verdict`` (better, worse or
+        undecided); the number of directions of each verdict
 
     Raises:
         ConfigError: the results have no such metric, or it cannot be computed here.
+    """
+    baseline, results = next(iter(loaded.items()))
+    found = resampled(loaded, metric)
+    return {
+        "baseline": baseline,
+        "metric": found.metric,
+        "signatures": reports.by_signature(
+            {pair: signature for pair, (_, _, signature) in found.directions.items()}
+        ),
+        "resamples": bootstrap.RESAMPLES,
+        "seed": found.seed,
+        "level": LEVEL,
+        "systems": [
+            _system(name, number, found, results["tiers"])
+            for number, name in enumerate(loaded)
+            if number
+        ],
+    }
+
+
+def resampled(loaded, metric=None):
+    """Scores all systems on the test set of each direction, and on draws from it.
+
+    Args and errors are those of :func:`compare`.
+
+    Returns:
+        a :class:`Resampled`, for :func:`tested`
     """
     baseline, results = next(iter(loaded.items()))
     names = results["metrics"]
@@ -98,19 +140,29 @@ def compare(loaded, metric=None):
     for target in {groups.sides(pair)[1] for pair in results["directions"]}:
         scoring.metric(metric, target, **options)  # told before the work; processes inherit it
     seed = bootstrap.seed()
-    found = _resample_all(loaded, partial(_resample, metric, options, seed))
+    work = partial(_resample, metric, options, seed)
+    return Resampled(metric, seed, _resample_all(loaded, work))
+
+
+def tested(found, pairs, baseline, system):
+    """Tests a system against another by the means of their scores over directions.
+
+    Args:
+        found: a :class:`Resampled`
+        pairs: the directions
+        baseline, system: places of the two among the folders
+
+    Returns:
+        dict with ``baseline`` and ``score``, the means, ``difference`` and ``p``
+    """
+    scores = np.mean([found.directions[pair][0] for pair in pairs], axis=0)
+    draws = np.mean([found.directions[pair][1] for pair in pairs], axis=0)
+    p = bootstrap.p_value((scores[baseline], draws[baseline]), (scores[system], draws[system]))
     return {
-        "baseline": baseline,
-        "metric": metric,
-        "signatures": reports.by_signature({pair: sig for pair, (_, _, sig) in found.items()}),
-        "resamples": bootstrap.RESAMPLES,
-        "seed": seed,
-        "level": LEVEL,
-        "systems": [
-            _system(name, number, found, results["tiers"])
-            for number, name in enumerate(loaded)
-            if number
-        ],
+        "baseline": float(scores[baseline]),
+        "score": float(scores[system]),
+        "difference": float(scores[system] - scores[baseline]),
+        "p": float(p),
     }
 
 
@@ -176,36 +228,22 @@ def _resample(name, options, seed, pair, checksums):
 
 def _system(name, number, found, tiers):
     """The comparison of one system with the first."""
-    directions = {
-        pair: _tested((scores[0], draws[0]), (scores[number], draws[number]))
-        for pair, (scores, draws, _) in found.items()
-    }
+    directions = {pair: _decided(tested(found, [pair], 0, number)) for pair in found.directions}
     verdicts = [row["verdict"] for row in directions.values()]
-    averaged = {}
-    for label, pairs in groups.groups(found, tiers).items():
-        scores = np.mean([found[pair][0] for pair in pairs], axis=0)
-        draws = np.mean([found[pair][1] for pair in pairs], axis=0)
-        tested = _tested((scores[0], draws[0]), (scores[number], draws[number]))
-        averaged[label] = {"directions": len(pairs), **tested}
     return {
         "system": name,
         "directions": directions,
-        "groups": averaged,
+        "groups": {
+            label: {"directions": len(pairs), **_decided(tested(found, pairs, 0, number))}
+            for label, pairs in groups.groups(found.directions, tiers).items()
+        },
         **{verdict: verdicts.count(verdict) for verdict in ("better", "worse", "undecided")},
     }
 
 
-def _tested(baseline, system):
-    difference = float(system[0] - baseline[0])
-    p = float(bootstrap.p_value(baseline, system))
-    decided = "better" if difference > 0 else "worse"
-    return {
-        "baseline": float(baseline[0]),
-        "score": float(system[0]),
-        "difference": difference,
-        "p": p,
-        "verdict": decided if p < LEVEL and difference else "undecided",
-    }
+def _decided(row):
+    verdict = "better" if row["difference"] > 0 else "worse"
+    return {**row, "verdict": verdict if row["p"] < LEVEL and row["difference"] else "undecided"}
 
 
 def examples(loaded, pair):

@@ -136,9 +136,8 @@ class Folder:
 
     def save(self):
         """Writes ``scores.json`` anew."""
-        ordered = dict(sorted(self.results["directions"].items()))
-        content = {**self.results, "directions": ordered}
-        self._replace(saved.FILE, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        self.results["directions"] = dict(sorted(self.results["directions"].items()))
+        self._replace(saved.FILE, json.dumps(self.results, indent=1, ensure_ascii=False) + "\n")
 
     def _replace(self, name, text):
         """A file appears under its name once it is complete."""

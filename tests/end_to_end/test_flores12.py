@@ -96,52 +96,48 @@ def printed(settings):
     return out
 
 
-def test_every_direction_is_scored(settings, printed):
-    results = Path(settings["WORK"], "results")
-    rows = [line.split("\t") for line in (results / "scores.tsv").read_text().splitlines()]
+def test_every_direction_is_scored_on_the_raw_text(settings, printed):
+    work = Path(settings["WORK"])
+    scored = json.loads((work / "results" / "scores.json").read_text("utf-8"))
     langs = list(FLORES_CODES)
-    assert [d for d, _ in rows] == [f"{s}-{t}" for s in langs for t in langs if s != t]
-    assert all(0 <= float(score) <= 100 for _, score in rows) and any(float(s) for _, s in rows)
-    for direction, score in rows:
-        out = (results / f"{direction}.out").read_text("utf-8")
-        said = {int(n): text for n, text in re.findall(r"^H-(\d+)\t\S+\t(.*)$", out, re.M)}
-        text = (results / f"{direction}.hyp").read_text("utf-8")
-        assert text == "".join(said[i] + "\n" for i in range(8)) and "▁" not in text
-        assert f"\n__{direction[3:]}__" not in "\n" + text  # the token that decoding starts with
-        assert re.search(rf"^{direction[:2]} .* {re.escape(score)}\b", printed["evaluate.sh"], re.M)
-
-
-def test_the_table_has_tiers_and_the_signature(printed):
-    number = r" +\d+\.\d\d"
-    table = printed["evaluate.sh"]
-    assert re.search(
-        rf"^ +high +low +mean\nhigh{number * 3}\nlow{number} +-{number}\n", table, re.M
-    )
-    assert re.search(r"^mean of 6 directions: \d", table, re.M)
-    assert re.search(r"^nrefs:1\|case:mixed\|eff:no\|tok:char\|smooth:exp\|version:", table, re.M)
+    assert {*scored["directions"]} == {f"{s}-{t}" for s in langs for t in langs if s != t}
+    assert scored["tiers"] == {"en": "high", "de": "high", "ja": "low"}
+    for direction, facts in scored["directions"].items():
+        for kind, language in zip(("src", "ref"), direction.split("-")):
+            raw = work / "flores101_dataset" / "devtest" / f"{FLORES_CODES[language]}.devtest"
+            text = (work / "results" / f"{direction}.{kind}").read_text("utf-8")
+            assert text == raw.read_text("utf-8")
+        assert "|tok:char|" in facts["scores"]["BLEU"]["signature"]
+    assert any(facts["scores"]["BLEU"]["score"] for facts in scored["directions"].values())
+    assert re.search(r"^high→low +2 +\d", printed["evaluate.sh"], re.M)
 
 
 def test_a_second_run_does_nothing(settings, printed):
     work = Path(settings["WORK"])
 
     def files():
-        return {p: p.stat().st_mtime_ns for p in work.rglob("*") if p.name != "scores.tsv"}
+        return {p: p.stat().st_mtime_ns for p in work.rglob("*") if "results" not in p.parts}
 
     before = files()
     again = {name: script(name, settings) for name in SCRIPTS}
     assert files() == before
-    assert [status for status, _, _ in again.values()] == [0] * 4
+    assert [status for status, _, _ in again.values()] == [0] * 4, again
     model, flores = again["download.sh"][1].splitlines()
     assert model.endswith("615M is complete") and flores.endswith("dataset is complete")
     assert again["prepare.sh"][1].endswith("data is complete\n")
     assert again["finetune.sh"][1].endswith("finetuned is finished\n")
     assert again["evaluate.sh"][1] == printed["evaluate.sh"]
-    assert again["evaluate.sh"][2].startswith("all directions are decoded")
+    assert again["evaluate.sh"][2] == "6 of 6 directions were decoded before\n"
 
 
-def test_another_checkpoint_needs_other_results(settings, printed):
+def test_the_base_model_is_evaluated_too(settings, printed):
     base = str(Path(settings["WORK"], "flores101_mm100_615M", "model.pt"))
-    assert "choose another RESULTS" in error(script("evaluate.sh", settings, CHECKPOINT=base))
+    status, _, stderr = script("evaluate.sh", settings, CHECKPOINT=base)
+    assert status == 1 and "name another --out" in stderr
+    results = str(Path(settings["WORK"], "results_base"))
+    status, out, stderr = script("evaluate.sh", settings, CHECKPOINT=base, RESULTS=results)
+    assert status == 0, stderr
+    assert out.splitlines()[0] == printed["evaluate.sh"].splitlines()[0]
 
 
 @pytest.mark.parametrize(
@@ -224,7 +220,7 @@ def test_the_learned_architecture_is_fine_tuned_and_scored(settings, learned):
     for name in ("finetune.sh", "evaluate.sh"):
         status, out, stderr = script(name, settings, folder / "settings.sh")
         assert status == 0, f"{name} failed:\n{out[-3000:]}\n{stderr[-3000:]}"
-    assert out.startswith("BLEU of each direction")
+    assert out.startswith("BLEU, source languages in rows")
     found = exported(folder / "settings.sh")
     save_dir = Path(settings["WORK"], "finetuned_learned")
     assert found["SAVE_DIR"] == str(save_dir) and (save_dir / "checkpoint_last.pt").exists()

@@ -1,32 +1,35 @@
-"""The table of the architecture recipe, from what fairseq-generate printed and two models."""
+"""The table of the architecture recipe, from folders of `lslora evaluate` and two models."""
 
 import architecture_report
 import pytest
 from quickstart_report import Scores
-from test_quickstart_report import right, write_test_set, wrong_half, wrong_other_half
+from test_quickstart_report import by_name, right, write_decoded, wrong_half, wrong_other_half
 from toy import build
 
 
 @pytest.fixture
 def scores(tmp_path):
-    write_test_set(tmp_path, "de", base=wrong_half, finetuned=wrong_half, learned=right)
-    write_test_set(tmp_path, "fr", base=right, finetuned=wrong_half, learned=wrong_half)
-    write_test_set(tmp_path, "ja", base=right, finetuned=wrong_half, learned=wrong_other_half)
-    return Scores(tmp_path)
+    write_decoded(
+        tmp_path / "decoded",
+        base=dict(de=wrong_half, fr=right, ja=right),
+        finetuned=dict(de=wrong_half, fr=wrong_half, ja=wrong_half),
+        learned=dict(de=right, fr=wrong_half, ja=wrong_other_half),
+    )
+    return Scores(tmp_path / "decoded", ["base", "finetuned", "learned"])
 
 
 def test_table(scores):
     hand_set = build()  # high de (rank 1) en (2), low fr (3) ja (5)
     learned = build(lora_rank="high=4,low=2", encoder_target_modules="fc1,fc2")
-    heading, *rows = architecture_report.table(hand_set, learned, scores)
-    found = {row[0]: dict(zip(heading, row)) for row in rows}
+    rows = by_name(architecture_report.table(hand_set, learned, scores))
+    found = {name: {k: cell for k, (cell,) in row.items()} for name, row in rows.items()}
     assert list(found) == ["high", "low", "all"]
     high, low = found["high"], found["low"]
     assert (high["languages"], high["sentences"], low["sentences"]) == ("de en", "80", "160")
-    assert high["base BLEU"] == high["hand-set"] != high["learned"] == "100.0"
+    assert high["base"] == high["hand-set"] != high["learned"] == "100.0"
     assert float(high["gain"]) == pytest.approx(100 - float(high["hand-set"]))
     assert high["p"] == "< 0.001"
-    assert low["base BLEU"] == "100.0" and abs(float(low["gain"])) < 1
+    assert low["base"] == "100.0" and abs(float(low["gain"])) < 1
     assert float(low["p"]) > 0.05
     # d = 16, ffn = 32: an attention projection has 32 entries per rank, fc1 and fc2 48 each;
     # 4 encoder layers, 2 decoder layers with twice the attention

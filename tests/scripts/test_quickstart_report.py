@@ -1,29 +1,29 @@
-"""The quickstart's table, from what fairseq-generate printed and a model with pruned adapters."""
+"""The quickstart's tables, from folders of `lslora evaluate` and a model with pruned adapters."""
 
+import best_checkpoint
 import pytest
 import quickstart_report
 import torch
+from evaluation import folders
 from toy import build, set_adapters
+
+from lslora_fairseq.errors import ConfigError
 
 SENTENCES = 40
 
 
-def write_test_set(work, language, **models):
-    """A test set of one language in both directions, with the hypotheses of each model."""
-    for source, target in (("en", language), (language, "en")):
-        references = [f"▁this ▁is ▁sentence ▁number ▁{i} ▁of {target}" for i in range(SENTENCES)]
-        path = work / "pieces" / "finetune" / f"test.en-{language}.{target}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(references) + "\n", encoding="utf-8")
-        for name, change in models.items():
-            order = list(range(1, SENTENCES)) + [0]  # fairseq prints longest first
-            text = "".join(
-                f"S-{i}\t__en__ x\nT-{i}\tx\nH-{i}\t-0.5\t{change(references[i], i)}\n"
-                for i in order
-            )
-            path = work / "decoded" / name / f"{source}-{target}.out"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("INFO loading\n" + text, encoding="utf-8")
+def write_decoded(decoded, **models):
+    """Writes a folder for each model: language -> the change that makes hypotheses of references,
+    in both directions."""
+    decoded.mkdir()
+    for name, changes in models.items():
+        content = {}
+        for language, change in changes.items():
+            for pair in (f"en-{language}", f"{language}-en"):
+                refs = [f"this is sentence number {i} of the text {pair}" for i in range(SENTENCES)]
+                hyps = [change(reference, i) for i, reference in enumerate(refs)]
+                content[pair] = {"src": refs, "ref": refs, "hyp": hyps}
+        folders.save(decoded / name, content)
 
 
 def right(reference, number):
@@ -31,58 +31,128 @@ def right(reference, number):
 
 
 def wrong_half(reference, number):
-    return reference if number % 2 else reference.replace("▁is ▁sentence", "▁was ▁a ▁phrase")
+    return reference if number % 2 else reference.replace("is sentence", "was a phrase")
 
 
 def wrong_other_half(reference, number):
     return wrong_half(reference, number + 1)
 
 
-@pytest.fixture
-def work(tmp_path):
-    write_test_set(tmp_path, "de", base=wrong_half, finetuned=right)
-    write_test_set(tmp_path, "fr", base=wrong_half, finetuned=right)
-    write_test_set(tmp_path, "ja", base=wrong_half, finetuned=wrong_other_half)
-    return tmp_path
+@pytest.fixture(scope="module")
+def decoded(tmp_path_factory):
+    decoded = tmp_path_factory.mktemp("work") / "decoded"
+    write_decoded(
+        decoded,
+        base=dict(de=wrong_half, fr=wrong_half, ja=wrong_half),
+        full=dict(de=wrong_half, fr=right, ja=right),
+        finetuned=dict(de=right, fr=right, ja=wrong_other_half),
+        base_own=dict(de=right, fr=wrong_half, ja=wrong_half),
+    )
+    return decoded
 
 
-def test_table(work):
+@pytest.fixture(scope="module")
+def scores(decoded):
+    return quickstart_report.Scores(decoded, ["base", "full", "finetuned"])
+
+
+def by_name(rows):
+    """Name of the row -> its cells, those of one heading in a list."""
+    heading, *rows = rows
+    found = {}
+    for row in rows:
+        cells = found[row[0]] = {}
+        for name, cell in zip(heading, row):
+            cells.setdefault(name, []).append(cell)
+    return found
+
+
+def test_scores_are_means_over_directions_and_differences_tested(scores):
+    model = build()  # high de en, low fr ja
+    found = by_name(quickstart_report.score_table(model.languages, scores))
+    assert list(found) == ["high", "low", "all"]
+    high, low = found["high"], found["low"]
+    assert high["languages"] == ["de en"]
+    assert high["sentences"] == ["80"] and low["sentences"] == ["160"]
+    assert found["all"]["sentences"] == ["240"]
+    assert high["base"] == high["full"] and high["adapters"] == low["full"] == ["100.0"]
+    gain = 100 - float(high["base"][0])
+    assert 10 < gain < 60
+    assert high["over base"] == high["over full"] == [f"{gain:+.1f}"]
+    assert high["p"] == ["< 0.001"] * 2
+    half = (scores.mean("finetuned", ["fr"]) + scores.mean("finetuned", ["ja"])) / 2
+    assert low["adapters"] == [f"{half:.1f}"] and low["over full"][0].startswith("-")
+
+
+def test_no_difference_is_not_significant(scores):
+    difference, p = scores.compared(["ja"], "base", "finetuned")
+    assert abs(float(difference)) < 1 and float(p) > 0.05
+    assert scores.compared(["fr"], "full", "finetuned") == ("+0.0", "1.000")
+    tested, of_chrf = scores.signatures
+    assert "bs:1000" in tested and "tok:13a" in tested and "nw:2" in of_chrf
+
+
+def test_adapters_are_counted_by_tier(scores):
     model = set_adapters(build())  # high de (rank 1) en (2), low fr (3) ja (5)
     with torch.no_grad():
         for linear in model.adapted_linears():
             for language in (0, 1):  # de and en
                 linear.masks(language)[1].fill_(False)
-    heading, *rows = quickstart_report.table(model, quickstart_report.Scores(work))
-    found = {row[0]: dict(zip(heading, row)) for row in rows}
-    assert list(found) == ["high", "low", "all"]
-    assert found["high"]["languages"] == "de en"
-    assert found["high"]["sentences"] == "80" and found["low"]["sentences"] == "160"
-    assert found["high"]["tuned BLEU"] == "100.0" and found["high"]["p"] == "< 0.001"
-    assert float(found["high"]["base BLEU"]) == pytest.approx(100 - float(found["high"]["gain"]))
-    assert 10 < float(found["high"]["gain"]) < 60
+    found = by_name(quickstart_report.adapter_table(model, scores))
+    assert found["high"]["adapters"] == found["low"]["full"] == ["100.0"]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    assert found["all"]["trainable"] == f"{trained:,}"
-    assert found["all"]["of base"] == f"{trained / frozen:.2%}"
-    assert found["high"]["trainable"] == f"{trained * 3 // 11:,}"
-    assert found["high"]["sparsity"] == "1.000" and found["low"]["sparsity"] == "0.000"
+    frozen = quickstart_report.count_frozen(model)
+    assert found["all"]["trainable"] == [f"{trained:,}"]
+    assert found["all"]["of base"] == [f"{trained / frozen:.2%}"]
+    assert found["high"]["trainable"] == [f"{trained * 3 // 11:,}"]
+    assert found["high"]["sparsity"] == ["1.000"] and found["low"]["sparsity"] == ["0.000"]
 
 
-def test_no_difference_is_not_significant(work):
-    scores = quickstart_report.Scores(work)
-    count, base, tuned, p = scores.compared(["ja"])
-    assert count == 80 and base == pytest.approx(tuned, abs=1) and p > 0.05
-    assert "tok:none" in str(scores.signature) and "bs:1000" in str(scores.signature)
+def test_the_report(decoded, monkeypatch):
+    monkeypatch.setattr(quickstart_report, "load_model", lambda _: set_adapters(build()))
+    choice = decoded.parent / "choice.txt"
+    choice.write_text("full: learning rate 0.001\n")
+    text = quickstart_report.report(decoded.parent, "tuned.pt", choice)
+    own, _, title, heading, *_ = text.splitlines()
+    base = quickstart_report.Scores(decoded, ["base_own"])
+    assert own.endswith(f" own products: {base.mean('base_own', ['de', 'fr', 'ja']):.1f}")
+    assert title == "BLEU, means over directions" and heading.split()[:4] == [
+        "tier", "languages", "sentences", "base",
+    ]  # fmt: skip
+    assert "\nfull: learning rate 0.001\nBLEU nrefs:1|" in text
+    assert max(map(len, text.splitlines())) < 100
 
 
-def test_equal_hypotheses_are_no_difference(work):
-    scores = quickstart_report.Scores(work)
-    count, before, after, p = scores.compared(["ja"], "finetuned", "finetuned")
-    assert (count, before, p) == (80, after, 1.0)
+def test_folders_of_different_test_sets_are_an_error(decoded, tmp_path):
+    write_decoded(tmp_path / "other", full=dict(de=right))
+    (tmp_path / "other" / "full").rename(decoded / "other")
+    with pytest.raises(ConfigError, match="different directions"):
+        quickstart_report.Scores(decoded, ["base", "other"])
 
 
-def test_a_file_cut_short_is_an_error(work):
-    out = work / "decoded" / "base" / "en-de.out"
-    out.write_text(out.read_text(encoding="utf-8").replace("H-7\t", "X-7\t"), encoding="utf-8")
-    with pytest.raises(SystemExit, match="39 hypotheses for 40 sentences: delete"):
-        quickstart_report.Scores(work).compared(["de"])
+def save_training(folder, lr, *losses):
+    """What fairseq-train leaves of a run: the epoch with the lowest loss."""
+    folder.mkdir()
+    state = {
+        "cfg": {"optimization": {"lr": [lr]}},
+        "extra_state": {
+            "val_loss": min(losses),
+            "train_iterator": {"epoch": losses.index(min(losses)) + 2},
+        },
+    }
+    torch.save(state, folder / "checkpoint_best.pt")
+
+
+def test_the_training_with_the_lowest_validation_loss_is_kept(tmp_path, monkeypatch, capsys):
+    save_training(tmp_path / "lr_0.001", 0.001, 5.5, 5.25, 5.4)
+    save_training(tmp_path / "lr_0.003", 0.003, 5.3, 5.6)
+    trained = [str(tmp_path / name) for name in ("lr_0.003", "lr_0.001")]
+    monkeypatch.setattr("sys.argv", ["best_checkpoint.py", *trained, "--out", str(tmp_path)])
+    best_checkpoint.main()
+    said = (
+        "full: learning rate 0.001, after epoch 2, chosen on the validation set: "
+        "loss 5.250 (5.300 with 0.003)\n"
+    )
+    assert capsys.readouterr().out == (tmp_path / "choice.txt").read_text() == said
+    kept = torch.load(tmp_path / "checkpoint_best.pt")
+    assert kept["cfg"]["optimization"]["lr"] == [0.001]

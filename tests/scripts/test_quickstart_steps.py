@@ -24,7 +24,8 @@ case "$name $*" in *"$SLOW"*) while [ ! -e "$GO" ]; do sleep 0.02; done ;; esac
 case "$name $*" in *"$BROKEN"*) echo "out of luck" >&2; exit 1 ;; esac
 while [ $# -gt 0 ]; do
     case "$1" in
-        --save-dir) echo weights >"$2/checkpoint_last.pt" ;;
+        --save-dir) mkdir -p "$2" && echo weights >"$2/checkpoint_last.pt" ;;
+        --lr) echo "x | INFO | epoch 001:     50 / 113 loss=$2, nll_loss=1" ;;
         --out) case "$2" in *.txt) echo "a table" >"$2" ;; esac ;;
         --format) format="$2" ;;
         sides | demand | suggest) action="$1" ;;
@@ -37,12 +38,11 @@ case "$name $action $format" in
     "lslora suggest flags")
         printf '%s\n' --lora-rank high=3,low=5 --encoder-target-modules fc1,fc2 ;;
     lslora*) echo "$action as ${format:-table}" ;;
-    fairseq-generate*) printf 'H-0\t-0.'; echo "a progress bar" >&2; printf '5\ta text\n' ;;
 esac
 """
 QUICKSTART = (
-    "download corpus pieces binarise_base binarise_finetune train_base finetune decode_base_own "
-    "decode_base decode_finetuned report"
+    "download corpus pieces binarise_base binarise_finetune train_base finetune_full finetune "
+    "decode_base_own decode_base decode_full decode_finetuned report"
 ).split()
 LEARNING = (
     "weight_learning sides estimation demand suggestion finetune_learned decode_learned "
@@ -61,7 +61,7 @@ class Recipe:
         for name in ("requirements.txt", "setup.py"):
             shutil.copy(ROOT / name, self.clone)
         (venv / "bin").mkdir(parents=True)
-        for name in ("python", "fairseq-preprocess", "fairseq-train", "fairseq-generate", "lslora"):
+        for name in ("python", "fairseq-preprocess", "fairseq-train", "lslora"):
             (venv / "bin" / name).write_text(COMMAND)
             (venv / "bin" / name).chmod(0o755)
         wanted = [(ROOT / name).read_text() for name in ("requirements.txt", "setup.py")]
@@ -69,6 +69,7 @@ class Recipe:
         package = self.clone / "lslora_fairseq" / "lora"
         package.mkdir(parents=True)
         (package / "linear.py").write_text("rank = 1\n")
+        shutil.copy(ROOT / "lslora_fairseq" / "cores.py", package.parent)
         self.edit("examples/quickstart_steps.sh", "(de fr nl cs cy af)", "(de cs)")  # no more
         self.env = {
             **os.environ,
@@ -105,9 +106,12 @@ class Recipe:
         assert old in text
         path.write_text(text.replace(old, new))
 
+    def log(self, step):
+        return (self.work / "logs" / f"{step}.log").read_text()
+
     def command(self, step):
         """The words of the command on top of a step's log."""
-        line = (self.work / "logs" / f"{step}.log").read_text().splitlines()[0]
+        line = self.log(step).splitlines()[0]
         assert line.startswith("$ ")
         return shlex.split(line[2:])
 
@@ -210,8 +214,10 @@ def test_a_setting_that_was_tried_and_changed_back_starts_its_step_over(recipe):
 def test_a_change_within_a_function_starts_its_steps_over(recipe):
     recipe.run("quickstart.sh")
     for script, old, new, first in (
-        ("quickstart_steps.sh", "--beam 4", "--beam 5", "decode_base_own"),
         ("quickstart_steps.sh", "--lenpen 1.5", "--lenpen 1", "decode_base_own"),
+        ("quickstart.sh", "_full.$rate.log", "_full_$rate.log", "finetune_full"),
+        ("quickstart.sh", "(0.001 0.0003)", "(0.001)", "finetune_full"),
+        ("quickstart_steps.sh", "--clip-norm 1.0", "--clip-norm 2.0", "finetune_full"),
         ("quickstart.sh", "--srcdict ", "--joined-dictionary --srcdict ", "binarise_base"),
         ("quickstart_steps.sh", "OMP_NUM_THREADS=1 ", "OMP_NUM_THREADS=2 ", "binarise_base"),
     ):
@@ -226,6 +232,7 @@ def test_a_changed_file_starts_the_steps_over_that_use_it(recipe):
         ("scripts/quickstart_report.py", "report"),
         ("lslora_fairseq/lora/linear.py", "finetune"),  # stock fairseq trains the base
         ("lslora_fairseq/new.py", "finetune"),
+        ("scripts/best_checkpoint.py", "finetune_full"),
         ("scripts/pieces.py", "pieces"),
         ("scripts/po_corpus.py", "corpus"),
         ("requirements.txt", "download"),
@@ -255,19 +262,50 @@ def test_results_that_are_gone_are_made_again(recipe):
     assert recipe.command("suggestion")[-1] == "392704"
 
 
-def test_stderr_stays_out_of_the_hypotheses(recipe):
-    recipe.run("quickstart.sh")
-    out = recipe.work / "decoded" / "finetuned" / "en-de.out"
-    assert out.read_text() == "H-0\t-0.5\ta text\n"
-    command, *said = (recipe.work / "logs" / "decode_finetuned.en-de.log").read_text().splitlines()
-    assert said == ["a progress bar"]
-    assert shlex.split(command)[:2] == ["$", "fairseq-generate"]
+def test_full_fine_tunings_run_side_by_side_and_the_best_is_kept(recipe):
+    _, out, _, calls = recipe.run("quickstart.sh")
+    full = recipe.work / "full"
+    words = {}
+    for rate in ("0.001", "0.0003"):
+        assert f"\n    lr {rate}: epoch 001:     50 / 113 loss={rate}\n" in out
+        command, *said = recipe.log(f"finetune_full.{rate}").splitlines()
+        assert said[0] == f"x | INFO | epoch 001:     50 / 113 loss={rate}, nll_loss=1"
+        words[rate] = shlex.split(command)
+        assert words[rate][-4:] == ["--lr", rate, "--save-dir", str(full / f"lr_{rate}")]
+    assert words["0.001"][:-4] == words["0.0003"][:-4]
+    adapters = recipe.command("finetune")
+    for option in ("--max-epoch", "--max-tokens", "--sampling-temperature", "--clip-norm"):
+        assert value(words["0.001"], option) == value(adapters, option)
+    (chosen,) = (call for call in calls if "best_checkpoint.py" in call)
+    assert chosen.endswith(f" {full}/lr_0.0003 {full}/lr_0.001 --out {full}")
+    assert value(recipe.command("decode_full"), "--path") == f"{full}/checkpoint_best.pt"
 
 
-def test_a_direction_that_fails_tells_why(recipe):
-    status, out, err, _ = recipe.run("quickstart.sh", broken="--target-lang cs --gen-subset")
-    assert status == 1 and redone(out)[-1] == "decode_base_own"
-    assert "out of luck" in err
+def value(words, option):
+    return words[words.index(option) + 1]
+
+
+def test_models_are_decoded_and_scored_alike(recipe):
+    recipe.run("architecture_learning.sh")
+    own, base, *others = (
+        recipe.command(f"decode_{name}")
+        for name in ("base_own", "base", "full", "finetuned", "learned")
+    )
+    assert own[2] == str(recipe.work / "data" / "base")
+    assert value(own, "--path") == value(base, "--path")
+
+    def without_places(words):
+        return [word for word in words if not word.startswith(str(recipe.work))]
+
+    assert all(words[2] == str(recipe.work / "data" / "finetune") for words in (base, *others))
+    assert all(without_places(words) == without_places(base) for words in (own, *others))
+
+
+def test_one_of_several_commands_that_fails_tells_why(recipe):
+    for broken, step in (("--target-lang cs", "binarise_base"), ("--lr 0.0003", "finetune_full")):
+        status, out, err, _ = recipe.run("quickstart.sh", broken=broken)
+        assert status == 1 and redone(out)[-1] == step
+        assert "out of luck" in err
 
 
 def wait_for(process, recipe, command):
