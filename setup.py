@@ -26,6 +26,7 @@ setup(
     extras_require={
         "quickstart": ["polib"],
         "plot": ["matplotlib>=3.8"],
+        "mecab": ["sacrebleu[ja,ko]"],
         "langid": ["py3langid>=0.2.2", "langcodes>=3.3"],
         "test": [
             "pytest",
@@ -39,6 +40,7 @@ setup(
             "matplotlib>=3.8",
             "py3langid>=0.2.2",
             "langcodes>=3.3",
+            "sacrebleu[ja,ko]",
         ],
     },
 )

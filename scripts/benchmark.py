@@ -11,6 +11,7 @@ sections:
   step       training step: forward and backward, clipping and optimizer
   memory     peak memory of training steps, each kind in a process of its own
   decode     beam search of one direction and of mixed directions
+  evaluate   batches of several directions as lslora evaluate makes them, against merging one
   optimizer  12 languages against 200 of which 12 are in the batch
   pruning    one pruning in the shape of M2M-124 615M (needs about 3 GB of memory)
   startup    fairseq-train up to its first update on a base of that size, against fairseq alone

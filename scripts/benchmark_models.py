@@ -52,6 +52,13 @@ class Batch:
         }
         return Batch(self.tokens, ids, self.target)
 
+    def into_one_language(self, sources):
+        """The same sentences, from some languages into language 0, one after the other."""
+        source, target = self.lang_ids
+        numbers = torch.arange(len(self.lang_ids[source]), device=self.target.device)
+        ids = {source: 1 + numbers % sources, target: torch.zeros_like(numbers)}
+        return Batch(self.tokens, ids, self.target)
+
     def present(self):
         """Number of source languages and of target languages in the batch."""
         return [ids.unique().numel() for ids in self.lang_ids.values()]

@@ -15,13 +15,16 @@ from types import SimpleNamespace
 import benchmark_models as models
 import torch
 from benchmark_report import Spread, Table, ratios
+from fairseq.dataclass.configs import GenerationConfig
 from fairseq.sequence_generator import SequenceGenerator
 
 from lslora_fairseq.errors import ConfigError
+from lslora_fairseq.evaluation.search import BeamSearch
 
 USER_DIR = Path(__file__).resolve().parents[1] / "lslora_fairseq"
 LANGUAGES = 12  # of the sections that do not vary their number
 MANY_LANGUAGES = 200
+EVALUATED = 30  # sentences of a batch in the section evaluate
 MEGABYTE = 2**20
 
 
@@ -305,6 +308,65 @@ def decode(options):
     return Result([Table(title, ["seconds", "÷ base"], rows)], {"times": found})
 
 
+def searching(contender, batch, setting, length=25, beam=5, merged=None):
+    """Prepares a model as ``lslora evaluate`` does; returns a function that decodes once.
+
+    Args:
+        merged: numbers of the languages of a direction that is merged first
+    """
+    model = contender.model.eval()
+    if merged:
+        model.merge(*merged)
+    search = BeamSearch(
+        [model],
+        setting.dictionary,
+        GenerationConfig(beam=beam, max_len_b=length, min_len=length),
+    )
+    net_input = {k: v for k, v in contender.net_input(batch).items() if k != "prev_output_tokens"}
+    if merged:
+        net_input = {key: net_input[key] for key in ("src_tokens", "src_lengths")}
+
+    def decode():
+        start = seconds(setting.device)
+        search.search(net_input, [length] * len(net_input["src_tokens"]))
+        return seconds(setting.device) - start
+
+    return decode
+
+
+def evaluate(options):
+    """``lslora evaluate``'s batches of several directions against one direction merged."""
+    setting, tables, raw = options.setting, [], {}
+    for languages in (LANGUAGES, 100):
+        mixed = setting.batch(languages, sentences=EVALUATED, tokens=25)
+        single = mixed.in_one_direction()
+
+        def model(languages=languages):
+            made = models.CONTENDERS[models.OURS](setting, languages)
+            made.add_noise()
+            return made
+
+        stock = models.CONTENDERS[models.OURS](setting, languages)
+        stock.add_noise()
+        runs = {
+            "merged, one direction": searching(model(), single, setting, merged=(0, 1)),
+            "fairseq's search, merged": decoding(
+                stock, single, setting, models.codes(languages)[:2]
+            ),
+            "five directions into one language": searching(
+                model(), mixed.into_one_language(5), setting
+            ),
+            "all directions": searching(model(), mixed, setting),
+        }
+        found = interleaved("evaluate", runs, options.repetitions)
+        merged = found["merged, one direction"]
+        rows = {name: [Spread.of(times), ratios(times, merged)] for name, times in found.items()}
+        title = f"Evaluation, beam 5, {EVALUATED} sentences of 25 tokens, {languages} languages"
+        tables.append(Table(title, ["seconds", "÷ merged"], rows))
+        raw[languages] = found
+    return Result(tables, {"times": raw})
+
+
 def optimizer(options):
     """What languages that are absent from the batch cost."""
     counts = (LANGUAGES, MANY_LANGUAGES)
@@ -325,5 +387,6 @@ SECTIONS = {
     "step": step,
     "memory": memory,
     "decode": decode,
+    "evaluate": evaluate,
     "optimizer": optimizer,
 }

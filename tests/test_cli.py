@@ -63,6 +63,16 @@ def test_analyses_do_not_wait_for_fairseq(tmp_path):
     assert status == 0 and out.startswith("language,tier,") and not err
 
 
+def test_evaluate_does_not_wait_for_scikit_learn(tmp_path):
+    """fairseq imports it and scipy, for what is not used here."""
+    status, out, err = lslora(
+        "evaluate", tmp_path / "gone", "--path", "x", "--out", tmp_path / "out",
+        first_on_path=broken(tmp_path, "sklearn", "scipy"), check=False,
+    )  # fmt: skip
+    assert status == 1 and not out
+    assert err.splitlines()[-1].startswith(f"lslora: error: {tmp_path / 'gone'}: No such file")
+
+
 def test_no_line_of_fairseqs_own_import():
     """It logs that tensorboardX is not installed, whatever is asked for."""
     _, out, err = lslora("doctor")

@@ -123,10 +123,8 @@ def parse(argv):
     if args.path is None:
         raise ConfigError("--path is missing: name the checkpoint to decode with")
     others = {f.name for f in fields(GenerationConfig)} - {*BeamSearch.OPTIONS, "sacrebleu"}
-    for name, remedy in {
-        **REFUSED,
-        **dict.fromkeys(sorted(others), "use fairseq-generate"),
-    }.items():
+    refused = {**REFUSED, **dict.fromkeys(sorted(others), "use fairseq-generate")}
+    for name, remedy in refused.items():
         if getattr(args, name, None) != parser.get_default(name):
             option = f"--{name.replace('_', '-')}"
             raise ConfigError(f"{option} has no place in lslora evaluate: {remedy}")
@@ -163,7 +161,7 @@ def run(args):
     scores = Scores(args.bleu_tokenizer, args.spm, args.langid, asked)
     cfg.task.source_lang, cfg.task.target_lang = asked[0].split("-")
     if cfg.common.cpu or not torch.cuda.is_available():
-        torch.set_num_threads(1)  # so that copies of this process may start threads of their own
+        torch.set_num_threads(1)  # copies of this process decode, one for each core
     task = tasks.setup_task(cfg.task)
     text = Text(cfg, task)
     folder = Folder(args.out, settings.made_with(cfg, task, text))

@@ -15,7 +15,6 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
-from fairseq.ngram_repeat_block import NGramRepeatBlock
 
 
 class Found(NamedTuple):
@@ -42,7 +41,7 @@ class BeamSearch:
 
     OPTIONS = (
         "beam", "nbest", "max_len_a", "max_len_b", "min_len", "unnormalized", "lenpen", "unkpen",
-        "prefix_size", "no_repeat_ngram_size", "temperature",
+        "prefix_size", "temperature",
     )  # fmt: skip
 
     def __init__(self, models, dictionary, options):
@@ -51,9 +50,6 @@ class BeamSearch:
         self.pad, self.eos, self.unk = dictionary.pad(), dictionary.eos(), dictionary.unk()
         self.beam = min(options.beam, len(dictionary) - 1)  # pad is never chosen
         self.longest = min(model.max_decoder_positions() for model in models)
-        self._block = None
-        if options.no_repeat_ngram_size > 0:
-            self._block = NGramRepeatBlock(options.no_repeat_ngram_size)
         self._stateful = [
             [m for m in model.decoder.modules() if hasattr(m, "reorder_incremental_state")]
             for model in models
@@ -102,7 +98,14 @@ class BeamSearch:
             scores, words, beams = self._candidates(logp, run)
             is_end = words.eq(self.eos) & scores.ne(-math.inf)
             self._finish(step, run, scores, beams, is_end[:, : self.beam], ids, found)
-            left = [n for n, i in enumerate(ids) if len(found[i]) < self.beam and step < limits[i]]
+            is_whole = [False] * len(ids)  # a reference that ends where it was to be followed
+            if prefix is not None and step < prefix.size(1):
+                is_whole = prefix[:, step].eq(self.eos).tolist()
+            left = [
+                place
+                for place, i in enumerate(ids)
+                if len(found[i]) < self.beam and step < limits[i] and not is_whole[place]
+            ]
             if not left:
                 break
             # the best that go on; ends are ranked behind them
@@ -111,7 +114,7 @@ class BeamSearch:
             scores, words, beams = (t.gather(1, active) for t in (scores, words, beams))
             run.spread(self.beam)
             if len(left) < len(ids):
-                ids = [ids[n] for n in left]
+                ids = [ids[place] for place in left]
                 left = torch.tensor(left, device=words.device)
                 scores, words, beams = scores[left], words[left], beams[left]
                 prefix = None if prefix is None else prefix[left]
@@ -136,12 +139,8 @@ class BeamSearch:
         if prefix is not None and step < prefix.size(1):
             forced = prefix[:, step].repeat_interleave(run.width).unsqueeze(1)
             logp.masked_fill_(forced.ne(self.pad) & word.ne(forced), -math.inf)
-            run.repeat_first(prefix[:, step].eq(self.eos), logp)
         elif step < self.options.min_len:
             logp[:, self.eos] = -math.inf
-        if self._block is not None:
-            sentences = logp.size(0) // run.width
-            self._block(run.tokens[:, : step + 1], logp, sentences, run.width, step)
 
     def _candidates(self, logp, run):
         """The best continuations of each sentence, twice as many as beams, since half of them may
@@ -153,9 +152,8 @@ class BeamSearch:
         count = min(2 * self.beam, logp.size(1) - 1)
         scores, words = logp.topk(count, dim=1)
         scores = (scores + run.scores.unsqueeze(1)).unflatten(0, (-1, run.width)).flatten(1)
-        scores, places = scores.nan_to_num(-math.inf).topk(
-            min(2 * self.beam, scores.size(1)), dim=1
-        )
+        scores = scores.nan_to_num(-math.inf, math.inf, -math.inf)
+        scores, places = scores.topk(min(2 * self.beam, scores.size(1)), dim=1)
         words = words.unflatten(0, (-1, run.width)).flatten(1).gather(1, places)
         return scores, words, places.div(count, rounding_mode="trunc")
 
@@ -246,16 +244,6 @@ class _Run:
         self.tokens[:, step + 1] = words.flatten()
         self.scores = scores.flatten()
         self._reorder_states(order)
-
-    def repeat_first(self, of_sentences, logp):
-        """Makes all rows of some sentences what their first is, in place.
-
-        Args:
-            of_sentences: (sentences,) bool
-        """
-        for rows in (self.tokens, self.scores, logp):
-            rows = rows.unflatten(0, (-1, self.width))
-            rows[of_sentences] = rows[of_sentences][:, :1].expand_as(rows[of_sentences])
 
     def _reorder_states(self, order):
         for modules, state in zip(self.search._stateful, self.states):

@@ -22,7 +22,7 @@ from lslora_fairseq.evaluation.decoding import batches
 MAX_TOKENS = 12000  # of a batch, where neither option limits it: fairseq-generate's default
 BATCHES = 8  # for each process: directions are taken together until there are so many
 LEAST_TOKENS = 1000  # of a batch, however few there are for each process
-LOGIT_BYTES = 16  # that a step of beam search takes for one word of one hypothesis
+LOGIT_BYTES = 12  # that beam search takes for one word of one hypothesis and model, measured
 OF_FREE_MEMORY = 0.6
 _work = None  # in a worker: the translator, and the directions that batches number
 
@@ -65,7 +65,7 @@ def _fitting(translator, workers):
     free = free_on_cpu()
     if free is None:
         return sys.maxsize
-    row = LOGIT_BYTES * len(translator.task.target_dictionary)
+    row = LOGIT_BYTES * len(translator.models) * len(translator.task.target_dictionary)
     return max(1, int(OF_FREE_MEMORY * free / workers / row) // translator.beams.beam)
 
 

@@ -212,6 +212,17 @@ def test_other_metrics_are_computed_without_decoding(corpus, finetuned, out):
     assert "tok:spm-" in table and "tok:char" in table and "py3langid" in table
 
 
+def test_tokenizers_of_each_language(corpus, finetuned, out):
+    args = words(corpus, finetuned[0], out)
+    place = args.index("--bleu-tokenizer")
+    _, table, err = lslora(*args[:place], *args[place + 2 :])
+    assert err == "6 of 6 directions were decoded before\n"
+    for pair, facts in results(out)["directions"].items():
+        tokenizer = "|tok:ja-mecab-" if pair.endswith("-ja") else "|tok:13a|"
+        assert tokenizer in facts["scores"]["BLEU"]["signature"]
+    assert "|tok:ja-mecab-" in table and "|tok:13a|" in table
+
+
 def test_a_heat_map_and_latex(corpus, finetuned, out, tmp_path):
     args = words(corpus, finetuned[0], out, "--plot", tmp_path / "map.png", "--format", "latex")
     _, said, _ = lslora(*args)
