@@ -7,6 +7,7 @@ one of the same path with the pieces separated by spaces.
 
 import argparse
 import sys
+from io import BytesIO
 from pathlib import Path
 
 import sentencepiece
@@ -18,15 +19,17 @@ def train(corpus, out, vocab_size):
     """Trains OUT/spm.model on the base's training text alone and writes OUT/dict.txt."""
     out.mkdir(parents=True, exist_ok=True)
     text = (line for path in sorted(corpus.glob("base/train.*")) for line in _lines(path))
+    model = BytesIO()  # no path goes into the file, which is the same wherever it is made
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=text,
-        model_prefix=str(out / "spm"),
+        model_writer=model,
         vocab_size=vocab_size,
         character_coverage=1.0,
         num_threads=2,
         minloglevel=1,
     )
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(out / "spm.model"))
+    (out / "spm.model").write_bytes(model.getvalue())
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     names = map(pieces.id_to_piece, range(SPECIALS, len(pieces)))
     (out / "dict.txt").write_text("".join(f"{name} 1\n" for name in names), encoding="utf-8")
 
