@@ -19,8 +19,6 @@ from fairseq.data import data_utils
 from lslora_fairseq.errors import ConfigError
 from lslora_fairseq.evaluation.search import BeamSearch
 
-TIE = 1e-4  # scores (log-probabilities, normalised by length) that are closer than this
-
 
 class Hypothesis(NamedTuple):
     """A translation.
@@ -140,8 +138,8 @@ class Translator:
             sentences: list of (:class:`Direction`, number of the sentence)
 
         Returns:
-            for each sentence a list of its ``--nbest`` :class:`Hypothesis`, best first; whether
-            its best two are nearly as good; and the seconds that it took
+            for each sentence a list of its ``--nbest`` :class:`Hypothesis`, best first; whether a
+            near tie decided; and the seconds that it took
         """
         began = time.perf_counter()
         batch, order = self._collated(sentences)
@@ -153,8 +151,8 @@ class Translator:
         found = self.beams.search(batch["net_input"], limits, **begin)
         seconds = (time.perf_counter() - began) / len(sentences)
         results = [None] * len(sentences)
-        for place, (direction, _), hypotheses in zip(order, sentences, found):
-            results[place] = (*self._read(direction, hypotheses), seconds)
+        for place, (direction, _), (hypotheses, is_tie) in zip(order, sentences, found):
+            results[place] = (self._read(direction, hypotheses), is_tie, seconds)
         return results
 
     def _collated(self, sentences):
@@ -201,21 +199,12 @@ class Translator:
         return {"bos": bos, "prefix": prefix}
 
     def _read(self, direction, found):
-        """The n best as text, and whether the best two are nearly as good."""
+        """The n best as text."""
         _, strip = self.text.stripped(direction.task)
-
-        def text(hypothesis):
-            return self.text.hypothesis(hypothesis.tokens, strip)
-
-        best = [
-            Hypothesis(h.score / math.log(2), text(h)) for h in found[: self.cfg.generation.nbest]
+        return [
+            Hypothesis(h.score / math.log(2), self.text.hypothesis(h.tokens, strip))
+            for h in found[: self.cfg.generation.nbest]
         ]
-        is_tie = (
-            len(found) > 1
-            and found[0].score - found[1].score < TIE
-            and text(found[0]) != text(found[1])
-        )
-        return best, is_tie
 
 
 def _joined(tensors, pad, left):

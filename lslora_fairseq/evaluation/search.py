@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import torch
 
+TIE = 1e-4  # scores that are closer may change places, since sums are rounded
+
 
 class Found(NamedTuple):
     """A finished hypothesis.
@@ -78,14 +80,15 @@ class BeamSearch:
             prefix: (sentences, tokens) that hypotheses are forced to begin with, padded; or None
 
         Returns:
-            for each sentence a list of :class:`Found`, best first
+            for each sentence a list of :class:`Found`, best first, and whether it was decided by a
+            near tie: of its best two, or of what was the last to stay in the beam
         """
-        sentences = len(limits)
         run = _Run(self, net_input, max(limits))
         run.tokens[:, 0] = self.eos if bos is None else bos
         forced = 0 if prefix is None else self._forced_of_all(prefix, min(limits))
         found = [[] for _ in limits]
-        ids = list(range(sentences))  # of the sentences that are left
+        ids = list(range(len(limits)))  # of the sentences that are left
+        close = torch.zeros(len(limits), dtype=torch.bool, device=run.tokens.device)
         for step in range(max(limits) + 1):
             logp = run.log_probabilities(step)
             logp[:, self.pad] = -math.inf
@@ -98,6 +101,7 @@ class BeamSearch:
             scores, words, beams = self._candidates(logp, run)
             is_end = words.eq(self.eos) & scores.ne(-math.inf)
             self._finish(step, run, scores, beams, is_end[:, : self.beam], ids, found)
+            close[ids] |= self._is_close(scores, is_end)
             is_whole = [False] * len(ids)  # a reference that ends where it was to be followed
             if prefix is not None and step < prefix.size(1):
                 is_whole = prefix[:, step].eq(self.eos).tolist()
@@ -122,7 +126,11 @@ class BeamSearch:
                 left = None
             run.go_on(step, scores, words, beams, left)
         run.end()
-        return [sorted(hypotheses, key=lambda h: -h.score) for hypotheses in found]
+        found = [sorted(hypotheses, key=lambda h: -h.score) for hypotheses in found]
+        return [
+            (hypotheses, tied or _best_two_are_close(hypotheses))
+            for hypotheses, tied in zip(found, close.tolist())
+        ]
 
     def _forced_of_all(self, prefix, least):
         """How many tokens all sentences are forced to begin with."""
@@ -157,6 +165,15 @@ class BeamSearch:
         words = words.unflatten(0, (-1, run.width)).flatten(1).gather(1, places)
         return scores, words, places.div(count, rounding_mode="trunc")
 
+    def _is_close(self, scores, is_end):
+        """(sentences,) whether a candidate nearly took the place of another one in the beam."""
+        if scores.size(1) <= self.beam:
+            return False
+        last, next_ = self.beam - 1, self.beam
+        ends = (scores[:, last] - scores[:, next_] < TIE) & (is_end[:, last] | is_end[:, next_])
+        goes_on = scores.masked_fill(is_end, -math.inf).sort(dim=1, descending=True)[0]
+        return ends | (goes_on[:, last] - goes_on[:, next_] < TIE)
+
     def _finish(self, step, run, scores, beams, is_end, ids, found):
         """Notes the hypotheses that end here, in the order of their rank."""
         rows, ranks = is_end.nonzero(as_tuple=True)
@@ -168,6 +185,14 @@ class BeamSearch:
         for row, score, words in zip(rows.tolist(), scores[rows, ranks].tolist(), tokens):
             if len(found[ids[row]]) < self.beam:
                 found[ids[row]].append(Found(score, words))
+
+
+def _best_two_are_close(found):
+    return (
+        len(found) > 1
+        and found[0].score - found[1].score < TIE
+        and found[0].tokens != found[1].tokens
+    )
 
 
 class _Run:

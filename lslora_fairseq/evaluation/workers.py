@@ -20,7 +20,7 @@ from lslora_fairseq.errors import ConfigError
 from lslora_fairseq.evaluation.decoding import batches
 
 MAX_TOKENS = 12000  # of a batch, where neither option limits it: fairseq-generate's default
-BATCHES = 8  # for each process: directions are taken together until there are so many
+BATCHES = 4  # for each process: directions are taken together until there are so many
 LEAST_TOKENS = 1000  # of a batch, however few there are for each process
 LOGIT_BYTES = 12  # that beam search takes for one word of one hypothesis and model, measured
 OF_FREE_MEMORY = 0.6

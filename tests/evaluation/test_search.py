@@ -8,6 +8,7 @@ from fairseq import checkpoint_utils
 from fairseq.dataclass.configs import GenerationConfig
 from fairseq.sequence_generator import SequenceGenerator
 
+from lslora_fairseq.evaluation import search as search_module
 from lslora_fairseq.evaluation.search import BeamSearch
 
 
@@ -48,7 +49,7 @@ def ours(models, dictionary, batch, prefix=None, limits=None, **given):
     search = BeamSearch(models, dictionary, options(**given))
     net_input = {k: v for k, v in batch["net_input"].items() if k != "prev_output_tokens"}
     limits = limits or [search.limit(net_input["src_tokens"].size(1))] * len(batch["id"])
-    return search.search(net_input, limits, prefix=prefix)
+    return [found for found, _ in search.search(net_input, limits, prefix=prefix)]
 
 
 def same(here, there):
@@ -133,6 +134,18 @@ def test_sentences_do_not_see_each_other(loaded):
     shuffled = ours(models[:1], dictionary, {"id": order, "net_input": net_input})
     for place, number in enumerate(order.tolist()):
         same([shuffled[place]], [[(h.score, h.tokens) for h in whole[number]]])
+
+
+@pytest.mark.parametrize(
+    "closer_than, some, whole", [(0, False, False), (0.02, True, False), (99, True, True)]
+)
+def test_near_ties_are_told(loaded, monkeypatch, closer_than, some, whole):
+    models, dictionary, batch = loaded
+    monkeypatch.setattr(search_module, "TIE", closer_than)
+    search = BeamSearch(models[:1], dictionary, options())
+    net_input = {k: v for k, v in batch["net_input"].items() if k != "prev_output_tokens"}
+    ties = [is_tie for _, is_tie in search.search(net_input, [25] * len(batch["id"]))]
+    assert (any(ties), all(ties)) == (some, whole)
 
 
 def test_the_beams_of_attention_are_as_before(loaded):
