@@ -14,7 +14,7 @@ no_arguments "$@"
 
 BASE_PRODUCTS=(plone.app.locales==7.0.4 pretix==2026.8.0)
 FINETUNE_PRODUCTS=(django==5.2.19 wagtail==8.0.1)
-BASE_UPDATES=2600
+BASE_UPDATES=1800
 FULL_RATES=(0.003 0.001) # of full fine-tuning; the better one is kept
 
 # binarise CORPUS LANGUAGE

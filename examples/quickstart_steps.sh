@@ -129,7 +129,7 @@ FINETUNING=(
     --langs "$LANGS" --lang-pairs "$pairs" --encoder-langtok src --decoder-langtok
     "${SIZES[@]}"
     --adam-betas '(0.9, 0.98)' --clip-norm 1.0
-    --lr-scheduler inverse_sqrt --warmup-updates 50 --max-epoch 4
+    --lr-scheduler inverse_sqrt --warmup-updates 50 --max-epoch 3
     --criterion label_smoothed_cross_entropy --label-smoothing 0.1
     --sampling-method temperature --sampling-temperature 1.5
     --max-tokens 750 --required-batch-size-multiple 1 --num-workers 0 --seed 1
@@ -145,14 +145,14 @@ finetune() {
         --finetune-from-model "$WORK/base/checkpoint_last.pt" --save-dir "$2" \
         --lora-tiers "$WORK/corpus/tiers.tsv" "${@:5}" \
         --optimizer pruned_adam --lr 0.01 --dropout 0 \
-        --pruning-final-sparsity "$3" --pruning-begin 1 --pruning-duration 3 --pruning-scope "$4"
+        --pruning-final-sparsity "$3" --pruning-begin 1 --pruning-duration 2 --pruning-scope "$4"
 }
 
 # evaluate STEP FOLDER CHECKPOINT CORPUS : a step that decodes and scores the corpus' test set
 evaluate() {
     step "$1" "$2" \
         lslora evaluate "$WORK/data/$4" --path "$3" --out "$2" --cpu \
-        --beam 4 --lenpen 1.5 --max-len-a 1.5 --max-len-b 8 --max-tokens 4000 --num-workers 0 \
+        --beam 4 --lenpen 1.5 --max-len-a 1.5 --max-len-b 8 \
         --spm "$WORK/pieces/spm.model" --tiers "$WORK/corpus/tiers.tsv"
 }
 

@@ -19,6 +19,8 @@ from fairseq.data import data_utils
 from lslora_fairseq.errors import ConfigError
 from lslora_fairseq.evaluation.search import BeamSearch
 
+COLLATED = 250  # sentences at a time where only their text is read
+
 
 class Hypothesis(NamedTuple):
     """A translation.
@@ -245,15 +247,23 @@ class Text:
         """The text of a hypothesis; *strip* are its target's tokens that are no text."""
         return self._decoded(self.target.string(tokens, self.symbol, extra_symbols_to_ignore=strip))
 
-    def sentence(self, batch, task):
-        """The source and the reference of a batch of one sentence."""
+    def sentences(self, dataset, task):
+        """Sources and references of a direction's data: two lists in the order of its file."""
         of_source, of_target = self.stripped(task)
-        source, target = batch["net_input"]["src_tokens"][0], batch["target"][0]
-        source = self.source.string(source, self.symbol, extra_symbols_to_ignore=of_source)
-        target = self.target.string(
-            target, self.symbol, escape_unk=True, extra_symbols_to_ignore=of_target
-        )
-        return self._decoded(source), self._decoded(target)
+        pad, found = self.source.pad(), [None] * len(dataset)
+        for start in range(0, len(dataset), COLLATED):
+            numbers = range(start, min(start + COLLATED, len(dataset)))
+            batch = dataset.collater([dataset[number] for number in numbers])
+            rows = zip(batch["id"].tolist(), batch["net_input"]["src_tokens"], batch["target"])
+            for number, source, target in rows:
+                source, target = (utils.strip_pad(row, pad).tolist() for row in (source, target))
+                found[number] = (
+                    self.source.string(source, self.symbol, extra_symbols_to_ignore=of_source),
+                    self.target.string(
+                        target, self.symbol, escape_unk=True, extra_symbols_to_ignore=of_target
+                    ),
+                )
+        return [list(map(self._decoded, side)) for side in zip(*found)]
 
     def _decoded(self, text):
         for tool in (self.bpe, self.tokenizer):

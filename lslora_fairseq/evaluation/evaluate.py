@@ -268,11 +268,8 @@ def _read(found, nbest):
 
 def _texts(text, references, task, dataset, pair):
     """Source and reference lines of a direction by the suffixes of their files."""
-    lines = references.raw(pair, len(dataset))
-    if lines is None:
-        batches = (dataset.collater([dataset[number]]) for number in range(len(dataset)))
-        lines = zip(*(text.sentence(batch, task) for batch in batches))
-    return dict(zip(("src", "ref"), map(list, lines)))
+    lines = references.raw(pair, len(dataset)) or text.sentences(dataset, task)
+    return dict(zip(("src", "ref"), lines))
 
 
 def _check_texts(task, subset, text, folder, references):

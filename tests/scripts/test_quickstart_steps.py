@@ -179,7 +179,7 @@ def test_a_change_is_followed_by_the_later_steps_only(recipe):
     _, out, _, _ = recipe.run("architecture_learning.sh", sides="target*3")
     assert redone(out) == LEARNING[1:]
     assert "target*3" in recipe.command("finetune_learned")
-    recipe.edit("examples/quickstart.sh", "BASE_UPDATES=2600", "BASE_UPDATES=2000")
+    recipe.edit("examples/quickstart.sh", "BASE_UPDATES=1800", "BASE_UPDATES=2000")
     _, out, _, _ = recipe.run("architecture_learning.sh", sides="target*3")
     assert redone(out) == QUICKSTART[5:] + LEARNING
 
@@ -201,14 +201,14 @@ def test_a_step_that_failed_is_told_and_done_again(recipe):
 
 def test_a_setting_that_was_tried_and_changed_back_starts_its_step_over(recipe):
     recipe.run("quickstart.sh")
-    recipe.edit("examples/quickstart.sh", "BASE_UPDATES=2600", "BASE_UPDATES=2000")
+    recipe.edit("examples/quickstart.sh", "BASE_UPDATES=1800", "BASE_UPDATES=2000")
     status, out, _, _ = recipe.run("quickstart.sh", broken="fairseq-train")
     assert status == 1 and redone(out) == ["train_base"]
-    recipe.edit("examples/quickstart.sh", "BASE_UPDATES=2000", "BASE_UPDATES=2600")
+    recipe.edit("examples/quickstart.sh", "BASE_UPDATES=2000", "BASE_UPDATES=1800")
     status, out, _, _ = recipe.run("quickstart.sh")
     assert status == 0 and redone(out) == ["train_base"]
     assert (recipe.work / "base" / "checkpoint_last.pt").read_text() == "weights\n"
-    assert "2600" in recipe.command("train_base")
+    assert "1800" in recipe.command("train_base")
 
 
 def test_a_change_within_a_function_starts_its_steps_over(recipe):
