@@ -7,7 +7,7 @@ import pytest
 from console import PAIRS, finetune_args, generate_args, lslora, run, train_args
 
 DECODING = ["--beam", "3", "--max-len-a", "1.3", "--max-len-b", "4", "--max-tokens", "150"]
-COMPARED = ("en-fr", "fr-en", "ja-en", "en-de")
+COMPARED = ("en-fr", "ja-en", "en-de")
 # what is trained -> options beside those of console.finetune_args
 MODELS = {
     "a side for each layer": ["--encoder-index-side", "source*2,target*1"],
@@ -89,8 +89,8 @@ def test_a_stock_model(corpus, tmp_path):
 def test_an_ensemble_of_a_model_and_its_base(corpus, finetuned, tmp_path):
     path = f"{finetuned[0]}:{corpus.base}"
     together = check(corpus, evaluated(corpus, path, tmp_path / "out"), path)
-    alone = check(corpus, evaluated(corpus, finetuned[0], tmp_path / "alone"), finetuned[0])
-    assert together != alone
+    alone, _ = evaluated(corpus, finetuned[0], tmp_path / "alone")
+    assert any([h[0][1] for h in alone[pair]] != texts for pair, texts in together.items())
 
 
 def test_a_stock_model_whose_tokens_replace_eos(corpus, tmp_path):
