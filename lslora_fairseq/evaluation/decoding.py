@@ -99,12 +99,14 @@ class Translator:
         """Loads the sentences of a direction.
 
         Raises:
-            ConfigError: a language is unknown to a model, or a sentence is too long.
+            ConfigError: a language is unknown to a model, there is no sentence, or one is too long.
         """
         cfg = self.cfg
         task = self.task.in_direction(*pair.split("-"), self.models)
         task.load_dataset(cfg.dataset.gen_subset, task_cfg=self._saved.task)
         dataset = task.dataset(cfg.dataset.gen_subset)
+        if not len(dataset):
+            raise ConfigError(f"{pair} has no sentence: leave it out with --pairs")
         positions = utils.resolve_max_positions(
             task.max_positions(), *[model.max_positions() for model in self.models]
         )
@@ -116,8 +118,6 @@ class Translator:
             ignore_invalid_inputs=True,
             seed=cfg.common.seed,
         ).frozen_batches
-        if not len(dataset):
-            raise ConfigError(f"{pair} has no sentence: leave it out with --pairs")
         sizes = np.array([dataset.size(i) for i in range(len(dataset))]).reshape(len(dataset), -1)
         limits = [-1] * len(dataset)
         for batch in batches:

@@ -19,7 +19,7 @@ from lslora_fairseq.doctor.memory import free_on_cpu
 from lslora_fairseq.errors import ConfigError
 from lslora_fairseq.evaluation.decoding import batches
 
-MAX_TOKENS = 12000  # of a batch, where neither option limits it: fairseq-generate's default
+MAX_TOKENS = 12000  # of a batch, where --batch-size alone limits it
 BATCHES = 4  # for each process: directions are taken together until there are so many
 LEAST_TOKENS = 1000  # of a batch, however few there are for each process
 LOGIT_BYTES = 12  # that beam search takes for one word of one hypothesis and model, measured
