@@ -62,6 +62,20 @@ class LSLoConfig(Options):
         "adapters are scaled by alpha / rank; a number, or one for each tier or language like "
         "--lora-rank (default: alpha = rank, no scaling)",
     )
+    lora_shared_rank: int = _option(
+        0,
+        "rank of one more adapter beside those of the languages, in the same linears, that all "
+        "languages share: what they all need to learn is learned from all of them (default: 0, "
+        "none); with --lora-rank 0 it is the only one, plain LoRA",
+    )
+    lora_shared_alpha: Optional[float] = _option(
+        None, "alpha of the shared adapters (default: their rank, no scaling)"
+    )
+    lora_freeze_shared: bool = _option(
+        False,
+        "keep the shared adapters as the checkpoint has them: what is trained from here on then "
+        "leaves other languages alone, bit for bit",
+    )
     lora_dropout: float = _option(
         0.0, "probability of dropping an entry of the adapters' input in training (default: 0)"
     )
@@ -173,8 +187,11 @@ class AdapterPlan:
     Attributes:
         languages: the inventory
         ranks, alphas: one for each language, in the inventory's order
-        sites: every linear with adapters, with weight learning once for each side
+        sites: every linear with adapters of languages, with weight learning once for each side
         weight_learning: whether each layer learns how much of either side it wants
+        shared_sites: every linear with an adapter that all languages share
+        shared_rank, shared_alpha: of these
+        freeze_shared: whether these stay as they are
     """
 
     languages: Languages
@@ -183,6 +200,14 @@ class AdapterPlan:
     sites: tuple
     dropout: float
     weight_learning: bool = False
+    shared_sites: tuple = ()
+    shared_rank: int = 0
+    shared_alpha: float = 0
+    freeze_shared: bool = False
+
+    @property
+    def all_sites(self):
+        return self.shared_sites + self.sites
 
     def needs(self, side):
         """Whether any site is indexed by this side's language."""
@@ -200,6 +225,12 @@ class AdapterPlan:
             for side in plan.SIDES:
                 rows += [(tier, "", *key, n) for key, n in count.items() if key[0] == side]
             rows.append((tier, len(members), "all", "all", sum(count.values())))
+        if self.shared_sites:
+            count = Counter()
+            for site in self.shared_sites:
+                count[site.module] += site.entries(self.shared_rank)
+            rows += [("", "", plan.SHARED, *item) for item in count.items()]
+            rows.append(("", len(languages), plan.SHARED, "all", sum(count.values())))
         total = sum(row[-1] for row in rows if row[1])
         if self.weight_learning:  # w of either side in every layer
             layers = {(site.stack, site.layer) for site in self.sites}
@@ -242,12 +273,8 @@ def resolve(config, layers, dims):
     if config.lora_alpha is not None:
         alphas = languages.per_language(config.lora_alpha, "--lora-alpha", float)
         for code, alpha in zip(languages.codes, alphas):
-            if not 0 < alpha < math.inf:
-                raise ConfigError(
-                    f"--lora-alpha: {alpha} of {code} must be positive; without the option "
-                    "adapters are not scaled (alpha = rank)"
-                )
-    sites = []
+            _check_alpha(alpha, code, "--lora-alpha")
+    sites, shared_sites = [], []
     for stack in ("encoder", "decoder"):
         chosen = plan.parse_layers(
             getattr(config, f"{stack}_lora_layers"), layers[stack], f"--{stack}-lora-layers"
@@ -256,13 +283,53 @@ def resolve(config, layers, dims):
         modules = ()
         if text != "none":
             modules = plan.parse_target_modules(text, stack, f"--{stack}-target-modules")
-        sides = _index_sides(config, stack, layers[stack])
-        sites += plan.plan_sites(stack, chosen, sides, modules, dims[stack], config.lora_shape)
-    plan.check_ranks(ranks, languages.codes, sites)
+        for found, indexed in (
+            (sites, _index_sides(config, stack, layers[stack])),
+            (shared_sites, ((plan.SHARED,),) * layers[stack]),
+        ):
+            found += plan.plan_sites(
+                stack, chosen, indexed, modules, dims[stack], config.lora_shape
+            )
+    shared_rank, shared_alpha = config.lora_shared_rank, config.lora_shared_alpha
+    if shared_rank:
+        plan.check_ranks([shared_rank], ["all languages"], shared_sites, "--lora-shared-rank")
+        if shared_alpha is None:
+            shared_alpha = shared_rank
+        _check_alpha(shared_alpha, "all languages", "--lora-shared-alpha")
+    elif shared_alpha is not None:
+        raise ConfigError(
+            "--lora-shared-alpha scales the shared adapters, and there are none: add "
+            "--lora-shared-rank, or leave it out"
+        )
+    if config.lora_freeze_shared and not shared_rank:
+        raise ConfigError(
+            "--lora-freeze-shared keeps shared adapters, and there are none: leave it out"
+        )
+    if shared_rank and not any(ranks):
+        sites, alphas = (), ranks  # plain LoRA
+    else:
+        plan.check_ranks(ranks, languages.codes, sites, "--lora-rank")
     config.lora_tiers = languages.spec
     return AdapterPlan(
-        languages, ranks, alphas, tuple(sites), config.lora_dropout, config.lora_weight_learning
+        languages,
+        ranks,
+        alphas,
+        tuple(sites),
+        config.lora_dropout,
+        config.lora_weight_learning,
+        tuple(shared_sites) if shared_rank else (),
+        shared_rank,
+        shared_alpha or 0,
+        config.lora_freeze_shared,
     )
+
+
+def _check_alpha(alpha, owner, option):
+    if not 0 < alpha < math.inf:
+        raise ConfigError(
+            f"{option}: {alpha} of {owner} must be positive; without the option adapters are not "
+            "scaled (alpha = rank)"
+        )
 
 
 def _index_sides(config, stack, layers):

@@ -112,6 +112,16 @@ class Identity:
                         f"there and {here[name][code]} here: leave out {option}, or give the "
                         "checkpoint's"
                     )
+        if there.get("shared") != here.get("shared"):
+            found, ours = (
+                "rank {} and alpha {}".format(*a["shared"]) if a.get("shared") else "none"
+                for a in (there, here)
+            )
+            raise ConfigError(
+                f"{self.path} does not fit this model: of the shared adapters it has {found}, this "
+                f"model {ours}: leave out --lora-shared-rank and --lora-shared-alpha, or give the "
+                "checkpoint's"
+            )
         odd = [s for s in there["sites"] if s not in here["sites"]]
         odd += [s for s in here["sites"] if s not in there["sites"]]
         if odd:
@@ -126,14 +136,16 @@ class Identity:
 
 def describe(plan):
     """What defines the adapters of an :class:`~lslora_fairseq.config.AdapterPlan`, in plain
-    values: tiers, ranks and alphas by language, and for each site its module path, side, in- and
-    out-features."""
+    values: tiers, ranks and alphas by language, rank and alpha of the shared ones if there are
+    any, and for each site its module path, side, in- and out-features."""
     codes = plan.languages.codes
+    shared = {"shared": [plan.shared_rank, plan.shared_alpha]} if plan.shared_rank else {}
     return {
+        **shared,
         "tiers": {code: plan.languages.tier(code) for code in codes},
         "ranks": dict(zip(codes, plan.ranks)),
         "alphas": dict(zip(codes, plan.alphas)),
-        "sites": [[s.name, s.side, s.in_features, s.out_features] for s in plan.sites],
+        "sites": [[s.name, s.side, s.in_features, s.out_features] for s in plan.all_sites],
     }
 
 

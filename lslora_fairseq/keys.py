@@ -3,6 +3,7 @@
 import torch
 
 from lslora_fairseq.lora.adapters import PRUNED
+from lslora_fairseq.lora.plan import SHARED, SIDES
 
 # what has a row for each symbol; a model may share them
 EMBEDDINGS = (
@@ -12,6 +13,7 @@ EMBEDDINGS = (
 )
 
 
+ADAPTERS = [[f"{side}_adapters"] for side in (*SIDES, SHARED)] + [["side_weights"]]
 RECORD = "lslora_record"  # what a checkpoint of this package is: see identity.py
 
 
@@ -19,7 +21,7 @@ def is_adapter_key(key):
     """Whether a state dict key is one that a stock model lacks: of adapters, of the weights of
     their sides (its last but one part is matched whole), or the record of what they are."""
     parts = key.split(".")[-2:-1]
-    return key == RECORD or parts in [["source_adapters"], ["target_adapters"], ["side_weights"]]
+    return key == RECORD or parts in ADAPTERS
 
 
 def rename_masks(state_dict):

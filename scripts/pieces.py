@@ -37,7 +37,7 @@ def train(corpus, out, vocab_size):
 def encode(corpus, out):
     """Writes every file of the corpus as pieces under OUT; prints their numbers to stderr."""
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(out / "spm.model"))
-    for folder in ("base", "finetune"):
+    for folder in sorted(path.name for path in corpus.iterdir() if path.is_dir()):
         (out / folder).mkdir(exist_ok=True)
         count = 0
         for path in sorted((corpus / folder).iterdir()):

@@ -12,7 +12,7 @@ from lslora_fairseq.config import AdapterPlan, LSLoConfig, resolve
 from lslora_fairseq.errors import ConfigError, listed
 from lslora_fairseq.keys import EMBEDDINGS, RECORD, is_adapter_key, rename_masks
 from lslora_fairseq.lora.adapters import PRUNED
-from lslora_fairseq.lora.plan import MODULES
+from lslora_fairseq.lora.plan import MODULES, SHARED
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Trained:
     plan: AdapterPlan
 
     def adapters(self):
-        """Key of a layer's adapters, such as ``encoder.layers.0.source_adapters`` -> the sites
-        they serve, in the order of their columns."""
-        return _by_adapters(self.plan)
+        """Key of a layer's adapters of languages, such as ``encoder.layers.0.source_adapters`` ->
+        the sites they serve, in the order of their columns."""
+        return _by_adapters(self.plan.sites)
 
     def kept(self, key):
         """Which entries of a layer's adapters pruning has left.
@@ -115,9 +115,9 @@ def _sizes(path, weights):
     return layers, dims
 
 
-def _by_adapters(plan):
+def _by_adapters(sites):
     found = {}
-    for site in plan.sites:
+    for site in sites:
         key = f"{site.stack}.layers.{site.layer}.{site.side}_adapters"
         found.setdefault(key, []).append(site)
     return found
@@ -126,10 +126,13 @@ def _by_adapters(plan):
 def _check_fit(path, weights, plan):
     """Raises ConfigError unless the adapters are those of the plan, shape by shape."""
     expected = {}
-    for key, sites in _by_adapters(plan).items():
+    for key, sites in _by_adapters(plan.all_sites).items():
         features = sum(site.in_features + site.out_features for site in sites)
-        expected[f"{key}.{PRUNED}"] = sum(plan.ranks), features
-        for code, rank in zip(plan.languages.codes, plan.ranks):
+        ranks = dict(zip(plan.languages.codes, plan.ranks))
+        if sites[0].side == SHARED:
+            ranks = {SHARED: plan.shared_rank}
+        expected[f"{key}.{PRUNED}"] = sum(ranks.values()), features
+        for code, rank in ranks.items():
             expected[f"{key}.lora_{code}"] = rank, features
         if plan.weight_learning:
             layer = key.rpartition(".")[0]

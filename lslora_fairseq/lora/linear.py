@@ -31,12 +31,12 @@ class LSLoLinear(nn.Linear):
         linear: the pretrained linear; its parameters are shared and frozen
         site: where it sits and which part of it is adapted
         adapters: those of its layer: side -> :class:`~lslora_fairseq.lora.adapters.LayerAdapters`,
-            for one side, or for both where weights are learned
-        layout: the model's ranks and scaling
+            for one side, for both where weights are learned, and the shared ones if there are any
+        layouts: side -> the ranks and scaling of its adapters
         dropout: probability of dropping an entry of the adapters' input during training
     """
 
-    def __init__(self, linear, site, adapters, layout, dropout=0.0):
+    def __init__(self, linear, site, adapters, layouts, dropout=0.0):
         super().__init__(
             linear.in_features, linear.out_features, linear.bias is not None, device="meta"
         )
@@ -44,7 +44,7 @@ class LSLoLinear(nn.Linear):
         self.requires_grad_(False)
         self.site, self.dropout = site, dropout
         # the layer and the model own these, as submodules
-        self.__dict__.update(adapters=adapters, layout=layout)
+        self.__dict__.update(adapters=adapters, layouts=layouts)
 
     def forward(self, x):
         """x: (time, batch, in) -> (time, batch, out); batch-first in memory.
@@ -58,40 +58,39 @@ class LSLoLinear(nn.Linear):
         """A (rank, in) and B (rank, out) of a language (its index): views of its parameter.
 
         Args:
-            side: which adapters, where the linear has those of both sides
+            side: which adapters, where the linear has those of several sides
         """
-        adapters = self._adapters_of(side)
+        adapters = self.adapters[self._side(side)]
         weight = adapters.weight(language)
         return tuple(weight[:, columns] for columns in adapters.columns[self.site.module])
 
     def masks(self, language, side=None):
         """The masks of A and B of a language, views; False marks a pruned entry."""
-        adapters = self._adapters_of(side)
+        adapters = self.adapters[self._side(side)]
         mask = adapters.mask[adapters.rows(language)]
         return tuple(mask[:, columns] for columns in adapters.columns[self.site.module])
 
     def delta_weight(self, language, side=None):
         """What one language (its index) adds to the weight: ΔW, or p · ΔW where weights are
         learned; (out, in) fp32, zero outside the adapted part."""
+        side = self._side(side)
         A, B = (factor.float() for factor in self.factors(language, side))
         delta = torch.zeros_like(self.weight, dtype=torch.float)
         delta[: self.site.out_features, : self.site.in_features] = (
-            self.layout.scaling[language].float() * B.T @ A
+            self.layouts[side].scaling[language].float() * B.T @ A
         )
-        share = self._adapters_of(side).share()
+        share = self.adapters[side].share()
         return delta if share is None else delta * share.float()
 
-    def _adapters_of(self, side):
+    def _side(self, side):
         if side is None:
             (side,) = self.adapters
-        return self.adapters[side]
+        return side
 
     def extra_repr(self):
-        ranks = self.layout.ranks
-        return (
-            f"{super().extra_repr()}, sides={'+'.join(self.adapters)}, languages={len(ranks)}, "
-            f"ranks={min(ranks)}-{max(ranks)}"
-        )
+        ranks = {side: self.layouts[side].ranks for side in self.adapters}
+        sizes = [f"{side}={min(r)}-{max(r)}" for side, r in ranks.items()]
+        return f"{super().extra_repr()}, ranks: {', '.join(sizes)}"
 
 
 def apply_linears(x, linears):

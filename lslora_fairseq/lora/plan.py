@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from lslora_fairseq.errors import ConfigError
 
 SIDES = ("source", "target")
+SHARED = "shared"  # the side of adapters that belong to no language: every sentence uses them
 SELF_ATTENTION = tuple(f"self_attn.{p}_proj" for p in ("q", "k", "v", "out"))
 CROSS_ATTENTION = tuple(f"encoder_attn.{p}_proj" for p in ("q", "k", "v", "out"))
 FEED_FORWARD = ("fc1", "fc2")
@@ -22,7 +23,8 @@ class Site:
     Attributes:
         name: module path in the model, such as ``encoder.layers.0.fc1``
         stack, layer, module: the parts of that path
-        side: which of a sentence's languages indexes it, ``source`` or ``target``
+        side: which of a sentence's languages indexes it, ``source`` or ``target``; ``shared`` for
+            the adapter of all languages
         in_features, out_features: the part of the linear that the adapters see; smaller than the
             linear itself in the square shape
     """
@@ -138,8 +140,13 @@ def adapter_columns(sites):
     return columns, width_A
 
 
-def check_ranks(ranks, codes, sites):
-    """Raises ConfigError for a rank below 1 or above what a site's matrix can hold."""
+def check_ranks(ranks, names, sites, option):
+    """Raises ConfigError for a rank below 1 or above what a site's matrix can hold.
+
+    Args:
+        ranks: of the adapters at each of the sites
+        names: whose they are, for messages
+    """
     if not sites:
         raise ConfigError(
             "no linear is left to adapt: name some in --encoder-target-modules or "
@@ -147,9 +154,9 @@ def check_ranks(ranks, codes, sites):
         )
     smallest = min(sites, key=lambda s: min(s.in_features, s.out_features))
     limit = min(smallest.in_features, smallest.out_features)
-    for code, rank in zip(codes, ranks):
+    for name, rank in zip(names, ranks):
         if not 1 <= rank <= limit:
             raise ConfigError(
-                f"--lora-rank: rank {rank} of {code} must lie between 1 and {limit}, "
+                f"{option}: rank {rank} of {name} must lie between 1 and {limit}, "
                 f"the smaller side of {smallest.name}"
             )

@@ -50,7 +50,9 @@ class Block(NamedTuple):
 
 
 class AdapterLayout(nn.Module):
-    """Ranks and scaling of all languages; shared by every layer of a model.
+    """Ranks and scaling of all languages; the same in every layer of a model.
+
+    The adapters that all languages share are those of one language that every sentence has.
 
     Args:
         ranks: rank of each language, in the inventory's order
@@ -67,11 +69,11 @@ class AdapterLayout(nn.Module):
 class Present:
     """The languages of a batch on one index side, and how their adapters are stacked.
 
-    Making one costs the batch's only transfer from the device.
-
     Args:
-        layout: the model's :class:`AdapterLayout`
+        layout: the :class:`AdapterLayout` of the side
         lang_ids: (batch,) language indices
+        values: the same as a list where the host knows them; otherwise they cost the batch's only
+            transfer from the device
 
     Raises:
         ValueError: an index of no language.
@@ -82,9 +84,9 @@ class Present:
         stacks: None, or a dict in which every layer keeps its stack for later passes
     """
 
-    def __init__(self, layout, lang_ids):
+    def __init__(self, layout, lang_ids, values=None):
         self.layout = layout
-        self._ids = lang_ids.tolist()
+        self._ids = lang_ids.tolist() if values is None else values
         self.languages = tuple(sorted(set(self._ids)))
         if self.languages and not 0 <= self.languages[0] <= self.languages[-1] < len(layout.ranks):
             raise ValueError(
@@ -128,14 +130,14 @@ class Present:
     def unsorted(self, lang_ids):
         """The route of sentences in any order: one block.
 
-        They share the rows of all languages while these are few. Otherwise each has rows of its
-        own and pays for the largest rank.
+        They share the rows of all languages while these are few, or those of the only one.
+        Otherwise each has rows of its own and pays for the largest rank.
 
         Args:
             lang_ids: (batch,) language indices, all of which are present here
         """
         total, batch = len(self.owners), lang_ids.size(0)
-        if total <= UNSORTED_RANK:
+        if total <= UNSORTED_RANK or len(self.languages) == 1:
             return Route(self, (self._shared(lang_ids, 0, batch, slice(0, total)),))
         first, rank = self._table
         column = torch.arange(max(self.ranks), device=lang_ids.device)

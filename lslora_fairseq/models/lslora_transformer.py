@@ -16,7 +16,7 @@ from lslora_fairseq.keys import EMBEDDINGS, RECORD, is_adapter_key, rename_masks
 from lslora_fairseq.lora.adapters import LayerAdapters, SideWeights
 from lslora_fairseq.lora.linear import LSLoLinear
 from lslora_fairseq.lora.merge import merged
-from lslora_fairseq.lora.plan import MODULES, SIDES
+from lslora_fairseq.lora.plan import MODULES, SHARED, SIDES
 from lslora_fairseq.lora.routing import AdapterLayout
 from lslora_fairseq.models.layers import FUSED_COPIES
 from lslora_fairseq.models.loading import check_keys, match_rows, take_rows
@@ -88,11 +88,14 @@ class LSLoTransformerModel(TransformerModel):
                 buffer.zero_()  # fairseq 0.12.2 leaves and saves what was in memory
         self.requires_grad_(False)
         base_parameters = sum(p.numel() for p in self.parameters())
-        layout = AdapterLayout(self.plan.ranks, self.plan.alphas)
-        self.adapter_layout = layout
+        self.adapter_layout = AdapterLayout(self.plan.ranks, self.plan.alphas)
+        self._layouts = dict.fromkeys(SIDES, self.adapter_layout)
+        if self.plan.shared_rank:
+            self.shared_layout = AdapterLayout([self.plan.shared_rank], [self.plan.shared_alpha])
+            self._layouts[SHARED] = self.shared_layout
         for name, stack in stacks.items():
-            sites = [site for site in self.plan.sites if site.stack == name]
-            stack.attach(layout, sites)
+            sites = [site for site in self.plan.all_sites if site.stack == name]
+            stack.attach(self._layouts, sites)
             for number, layer in enumerate(stack.layers):
                 self._adapt(layer, [site for site in sites if site.layer == number])
         logger.info(
@@ -117,14 +120,18 @@ class LSLoTransformerModel(TransformerModel):
             weights = layer.side_weights = SideWeights(like)
         for side in sorted({site.side for site in sites}):
             ours = [site for site in sites if site.side == side]
-            adapters[side] = LayerAdapters(ours, plan.languages.codes, plan.ranks, like, weights)
+            if side == SHARED:
+                adapters[side] = LayerAdapters(ours, [SHARED], [plan.shared_rank], like)
+                adapters[side].requires_grad_(not plan.freeze_shared)
+            else:
+                adapters[side] = LayerAdapters(
+                    ours, plan.languages.codes, plan.ranks, like, weights
+                )
             layer.add_module(f"{side}_adapters", adapters[side])
         for site in {site.module: site for site in sites}.values():
             parent_name, _, name = site.module.rpartition(".")
             parent = layer.get_submodule(parent_name)
-            linear = LSLoLinear(
-                getattr(parent, name), site, adapters, self.adapter_layout, plan.dropout
-            )
+            linear = LSLoLinear(getattr(parent, name), site, adapters, self._layouts, plan.dropout)
             setattr(parent, name, linear)
 
     @property
@@ -167,10 +174,10 @@ class LSLoTransformerModel(TransformerModel):
                 )
         for linear in self.adapted_linears():
             parent_name, _, name = linear.site.name.rpartition(".")
-            setattr(self.get_submodule(parent_name), name, merged(linear, direction))
+            setattr(self.get_submodule(parent_name), name, merged(linear, {**direction, SHARED: 0}))
         for stack in (self.encoder, self.decoder):
             stack.sides = []
-            names = ("source_adapters", "target_adapters", "side_weights")
+            names = [*(f"{side}_adapters" for side in (*SIDES, SHARED)), "side_weights"]
             for layer, name in itertools.product(stack.layers, names):
                 layer._modules.pop(name, None)
         del self._buffers[RECORD]  # from here on a plain transformer

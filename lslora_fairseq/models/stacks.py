@@ -8,7 +8,7 @@ the encoder output, and activation checkpointing hands each layer its own batch'
 from fairseq.models.transformer import TransformerDecoderBase, TransformerEncoderBase
 from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 
-from lslora_fairseq.lora.plan import SIDES
+from lslora_fairseq.lora.plan import SHARED, SIDES
 from lslora_fairseq.lora.routing import Present, routed
 from lslora_fairseq.models.layers import (
     LSLoTransformerDecoderLayer,
@@ -27,17 +27,19 @@ class _RoutedStack:
     goes in and out keeps the caller's order.
     """
 
-    def attach(self, layout, sites):
+    def attach(self, layouts, sites):
         """Takes note of which languages the stack needs.
 
         Args:
-            layout: the model's :class:`AdapterLayout`
+            layouts: side -> :class:`AdapterLayout`, those of the model
             sites: the sites of this stack
         """
-        self.__dict__["layout"] = layout  # the model owns it, as a submodule
+        self.__dict__["layouts"] = layouts  # the model owns them, as submodules
         sides = [site.side for site in sites]
-        self.sides = [side for side in SIDES if side in sides]
-        self.sorted_side = max(SIDES, key=sides.count)
+        self.sides = [side for side in (*SIDES, SHARED) if side in sides]
+        self.sorted_side = max(
+            self.sides, key=lambda side: (side != SHARED, sides.count(side)), default=None
+        )
         name_dropouts(self, self.stock_name)
         if self.layer_norm is not None:
             keep_batch_first(self.layer_norm)
@@ -48,11 +50,20 @@ class _RoutedStack:
         Args:
             ids: side -> (batch,) language indices or None
         """
-        lang_ids = ids[self.sorted_side] if self.sides else None
-        if lang_ids is None:
+        lang_ids = ids.get(self.sorted_side)
+        if lang_ids is None or self.sorted_side == SHARED:
             return None
         order = lang_ids.argsort(stable=True)
         return order, order.argsort()
+
+    def everyone(self, ids, tokens):
+        """*ids*, and index 0 of each sentence on the side that all share, if the stack has it.
+
+        Args:
+            ids: side -> (batch,) language indices or None
+            tokens: (batch, time)
+        """
+        return {**ids, SHARED: tokens.new_zeros(tokens.size(0))} if SHARED in self.sides else ids
 
     def present(self, ids):
         """side -> the languages of the batch, for the sides that index any site of this stack.
@@ -61,25 +72,31 @@ class _RoutedStack:
             ids: side -> (batch,) language indices or None
         """
         return {
-            side: Present(self.layout, ids[side]) for side in self.sides if ids[side] is not None
+            side: Present(
+                self.layouts[side], ids[side], [0] * len(ids[side]) if side == SHARED else None
+            )
+            for side in self.sides
+            if ids[side] is not None
         }
 
-    def routed(self, ids, present, sorted_time=None):
-        """A context in which the stack's layers find the routes of these sentences.
+    def routes(self, ids, present, sorted_time=None):
+        """The routes of some sentences: index side -> :class:`Route`.
 
         Args:
             ids: side -> (batch,) language indices or None
             present: side -> :class:`Present`, of which the ids are
             sorted_time: if the sentences are sorted by :meth:`order`, their number of tokens
         """
-        return routed(
-            {
-                side: languages.sorted(ids[side], sorted_time)
-                if sorted_time and side == self.sorted_side
-                else languages.unsorted(ids[side])
-                for side, languages in present.items()
-            }
-        )
+        return {
+            side: languages.sorted(ids[side], sorted_time)
+            if sorted_time and side == self.sorted_side
+            else languages.unsorted(ids[side])
+            for side, languages in present.items()
+        }
+
+    def routed(self, *sentences):
+        """A context in which the stack's layers find :meth:`routes` of these sentences."""
+        return routed(self.routes(*sentences))
 
 
 def ignore_languages(model):
@@ -144,16 +161,17 @@ class LSLoTransformerEncoder(_RoutedStack, TransformerEncoderBase):
                     f"the adapters of one {side} language were merged into the weights, and the "
                     "batch has another: load the checkpoint anew for another direction"
                 )
-        order = self.order(ids)
+        order, sentences = self.order(ids), self.everyone(ids, src_tokens)
         if order is None:
-            out = super().forward(src_tokens, src_lengths, return_all_hiddens, token_embeddings)
+            with self.routed(sentences, self.present(sentences)):
+                out = super().forward(src_tokens, src_lengths, return_all_hiddens, token_embeddings)
         else:
             there, back = order
             args = [None if t is None else t[there] for t in (src_tokens, src_lengths)]
             if token_embeddings is not None:
                 token_embeddings = token_embeddings[there]
-            ids_there = _reorder_ids(ids, there)
-            with self.routed(ids_there, self.present(ids_there), src_tokens.size(1)):
+            sentences = _reorder_ids(sentences, there)
+            with self.routed(sentences, self.present(sentences), src_tokens.size(1)):
                 out = super().forward(*args, return_all_hiddens, token_embeddings)
             for key in ("encoder_padding_mask", "encoder_embedding", "src_lengths"):
                 out[key] = [t.index_select(0, back) for t in out[key]]
@@ -215,6 +233,7 @@ class LSLoTransformerDecoder(_RoutedStack, TransformerDecoderBase):
             side: encoder_out[key][0] if encoder_out[key] else None
             for key, side in zip(LANG_IDS, SIDES)
         }
+        ids = self.everyone(ids, prev_output_tokens)
         if incremental_state is not None:
             with routed(self._kept_routes(ids, incremental_state)):
                 return super().extract_features(
@@ -222,7 +241,10 @@ class LSLoTransformerDecoder(_RoutedStack, TransformerDecoderBase):
                 )
         order = self.order(ids)
         if order is None:
-            return super().extract_features(prev_output_tokens, encoder_out, None, *args, **kwargs)
+            with self.routed(ids, self.present(ids)):
+                return super().extract_features(
+                    prev_output_tokens, encoder_out, None, *args, **kwargs
+                )
         there, back = order
         encoder_out = {
             **encoder_out,
@@ -249,11 +271,9 @@ class LSLoTransformerDecoder(_RoutedStack, TransformerDecoderBase):
             kept = incremental_state["lslora_kept"] = {"present": self.present(ids)}
             for languages in kept["present"].values():
                 languages.stacks = {}
-        if "ids" not in kept or any(kept["ids"][side] is not ids[side] for side in ids):
+        if "ids" not in kept or not _are_same(kept["ids"], ids):
             kept["ids"] = ids
-            kept["routes"] = {
-                side: languages.unsorted(ids[side]) for side, languages in kept["present"].items()
-            }
+            kept["routes"] = self.routes(ids, kept["present"])
         return kept["routes"]
 
 
@@ -265,6 +285,14 @@ def _check_ids(ids, batch):
                 f"{side}_lang_ids must hold one whole number for each of the {batch} sentences, "
                 f"found {lang_ids.dtype} of shape {tuple(lang_ids.shape)}"
             )
+
+
+def _are_same(before, ids):
+    """Whether sentences kept their languages: the tensors are the same ones, and of the side that
+    all share there are as many."""
+    if any(before[side] is not ids[side] for side in SIDES):
+        return False
+    return SHARED not in ids or len(before[SHARED]) == len(ids[SHARED])
 
 
 def _reorder(x, order):

@@ -4,6 +4,7 @@ from collections import defaultdict
 
 import torch
 
+from lslora_fairseq.lora.plan import SHARED
 from lslora_fairseq.pruning import masks
 
 
@@ -14,7 +15,8 @@ class Pruner:
     *untouched* as long as its B is zero in every layer and none of its entries is pruned. It takes
     no part in any scope until its first update. Weights and masks alone tell, so that a resumed
     run, a second stage and a run on averaged weights see the same as one that never stopped.
-    Weights of sides are never pruned.
+    Weights of sides are never pruned. The adapters that all languages share are a scope of their
+    own, in each layer where ``scope`` is ``layer``.
 
     Args:
         masters: list of :class:`~lslora_fairseq.optim.masters.Master`
@@ -79,7 +81,7 @@ class Pruner:
         return dict(found)
 
     def _scopes(self):
-        """factor, scope -> pairs of fp32 weights and masks, (rank, columns) views."""
+        """factor and scope -> pairs of fp32 weights and masks, (rank, columns) views."""
         groups = defaultdict(list)
         for key, pieces in self._pieces.items():
             if key in self.untouched:
@@ -87,9 +89,12 @@ class Pruner:
             for piece in pieces:
                 site = piece.adapter.layer.sites[0]
                 where = key[1] if self.scope == "language" else (site.stack, site.layer)
+                is_shared = site.side == SHARED  # competes with no language
                 for factor in self.target:
                     part = piece.part(factor)
-                    groups[factor, where].append((piece.master[:, part], piece.mask[:, part]))
+                    groups[factor, where, is_shared].append(
+                        (piece.master[:, part], piece.mask[:, part])
+                    )
         return groups
 
     def _find_untouched(self, keys):

@@ -28,7 +28,7 @@ TASK_FIELDS = (
     "langtoks",
 )
 # what may change from one stage to the next on the same adapters
-FREE_FIELDS = ("lora_dropout",)
+FREE_FIELDS = ("lora_dropout", "lora_freeze_shared")
 DEFAULT_RESTORE_FILE = "checkpoint_last.pt"
 
 
@@ -195,7 +195,8 @@ def restore_lora_options(args, path, saved, is_fresh=False):
         trained = saved.get(name, getattr(LSLoConfig, name))  # older than the option
         value = getattr(given, name, None)
         is_given = value is not None and value is not False  # the doctor's parser: not given
-        if is_given and is_fresh and name in FREE_FIELDS:
+        # that shared adapters were frozen concerns the stage that did it
+        if is_fresh and name in FREE_FIELDS and (is_given or name == "lora_freeze_shared"):
             continue
         if is_given and not _same(name, value, trained, languages):
             here, there = _from_first_difference(value, trained)

@@ -66,7 +66,13 @@ def make(
         for param in adapters.parameters():
             param[:, adapters.width_A :].normal_()
     linears = [
-        LSLoLinear(nn.Linear(n_in, size, bias=bias), where, {"source": adapters}, layout, **kwargs)
+        LSLoLinear(
+            nn.Linear(n_in, size, bias=bias),
+            where,
+            {"source": adapters},
+            {"source": layout},
+            **kwargs,
+        )
         for where, size in zip(sites, (n_out, n_more))
     ]
     return linears if n_more else linears[0]
@@ -139,8 +145,8 @@ def test_a_fresh_adapter_changes_no_bit():
 def test_gradcheck(ids, site_in, site_out):
     linear = make(ids, site_in=site_in, site_out=site_out, alphas=(2.0, 1.0, 5.0)).double()
     linear.adapters["source"].double()
-    linear.layout.double()
-    routes = {"source": route(linear.layout, ids)}
+    linear.layouts["source"].double()
+    routes = {"source": route(linear.layouts["source"], ids)}
     x = torch.randn(3, 4, 6, dtype=torch.double, requires_grad=True)
 
     def function(x, *adapters):

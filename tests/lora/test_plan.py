@@ -164,7 +164,7 @@ SITES = [
 
 
 def test_ranks_from_1_to_the_smallest_side_are_fine():
-    check_ranks((1, 16, 7), ("de", "en", "fr"), SITES)
+    check_ranks((1, 16, 7), ("de", "en", "fr"), SITES, "--lora-rank")
 
 
 @pytest.mark.parametrize("ranks, code", [((4, 0), "en"), ((17, 4), "de"), ((4, -1), "en")])
@@ -175,9 +175,9 @@ def test_a_rank_out_of_range_names_language_limit_and_linear(ranks, code):
         "decoder.layers.1.self_attn.q_proj"
     )
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
-        check_ranks(ranks, ("de", "en"), SITES)
+        check_ranks(ranks, ("de", "en"), SITES, "--lora-rank")
 
 
 def test_no_site_at_all_is_an_error():
     with pytest.raises(ConfigError, match="^no linear is left to adapt: name some in --encoder-t"):
-        check_ranks((4,), ("en",), [])
+        check_ranks((4,), ("en",), [], "--lora-rank")

@@ -10,12 +10,14 @@ from toy import CODES, batch, build, dictionary, rows, set_adapters, stock
 
 from lslora_fairseq.keys import is_adapter_key
 from lslora_fairseq.lora import routing
+from lslora_fairseq.lora.plan import SHARED
 
 PAIRS = [(0, 1), (3, 2), (1, 0), (1, 3), (2, 2), (0, 1), (3, 0), (2, 1)]
 SIDES = [
     {},  # encoder source*3,target*1, decoder target
     {"encoder_index_side": "target", "decoder_index_side": "source"},
     {"lora_weight_learning": True},
+    {"lora_shared_rank": 3, "lora_shared_alpha": 2.0},
 ]
 
 
@@ -53,6 +55,8 @@ SHAPES = {
     "cross+self-attention": {"cross_self_attention": True},
     "checkpointed": {"checkpoint_activations": True},
     "weight learning": {"lora_weight_learning": True},
+    "shared": {"lora_shared_rank": 3, "lora_shared_alpha": 2.0},
+    "shared and checkpointed": {"lora_shared_rank": 3, "checkpoint_activations": True},
 }
 
 
@@ -65,14 +69,18 @@ def test_merged_weights_of_one_direction_give_the_same_output(shape):
         for linear in model.adapted_linears():
             weight = merged.get_submodule(linear.site.name).weight.data
             for side in linear.adapters:
-                language = source if side == "source" else target
+                language = {"source": source, "target": target, SHARED: 0}[side]
                 weight += linear.delta_weight(language, side)
         net_input = batch([(source, target)] * 3)
         expected = merged(**{k: v for k, v in net_input.items() if "lang_ids" not in k})[0]
         found = model(**net_input)[0]
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
         found.square().sum().backward()
-        given = {p.param_group.language for p in model.parameters() if p.grad is not None}
+        given = {
+            p.param_group.language
+            for p in model.parameters()
+            if p.grad is not None and p.param_group.side != SHARED
+        }
         assert given - {None} == {source, target}  # w belongs to no language
         model.zero_grad()
 
