@@ -58,7 +58,7 @@ show() { # FILE...
 
 bash "$ROOT/examples/quickstart.sh"
 echo
-start
+start quickstart_work
 # what changes a step of the quickstart, but for its report, changes all steps here
 chain="$(cat "$WORK/decoded/finetuned/.done")"
 FOUND="$WORK/architecture"

@@ -45,7 +45,7 @@ binarise_all() {
     printf '%s\n' "${LANGUAGES[@]}" | side_by_side binarise "$1"
 }
 
-start
+start quickstart_work
 # only their catalogues are read, so the Python that the packages themselves want does not matter
 step download "$WORK/packages" \
     python -m pip download --no-deps --ignore-requires-python --dest "$WORK/packages" \

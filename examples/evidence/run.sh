@@ -1,0 +1,101 @@
+#!/usr/bin/env bash
+# How good language-specific adapters are, and what each choice of settings is worth, on real text:
+# the messages of Debian's programs. Trains a base model with stock fairseq, fine-tunes it for
+# programs that it has not seen in many ways, with several seeds, scores all of them, and writes
+# tables and figures to examples/evidence/results/. At most three hours on two cores.
+#   bash examples/evidence/run.sh
+# Everything else is written to evidence_work/ in the clone (WORK names another folder). What is
+# done is not done again, and an interrupted run goes on where it stopped.
+# Debian's packages come by apt-get; elsewhere DEBS names a folder with their .deb files.
+set -euo pipefail
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
+RECIPE=evidence
+# shellcheck source=../steps.sh
+source "$ROOT/examples/steps.sh"
+no_arguments "$@"
+
+LANGUAGES=(de fr nl cs af cy oc) # from and into English
+LANGS=af,cs,cy,de,en,fr,nl,oc
+PACKAGES=(
+    libreoffice-l10n-{de,fr,nl,cs,af,cy,oc} gimp-data krita-l10n vlc-l10n gnucash-common
+    kdenlive-data evolution-common digikam-data kmymoney-common inkscape
+)
+FEW=(sc sca)     # LibreOffice Calc
+MORE=(evolution) # a mail client
+BASE_UPDATES=6000
+
+download() {
+    if [ -n "${DEBS:-}" ]; then
+        cp "$DEBS"/*.deb "$WORK/packages"
+    elif command -v apt-get >/dev/null; then
+        (cd "$WORK/packages" && apt-get download "${PACKAGES[@]}")
+    else
+        echo "no apt-get here: fetch the .deb files of ${PACKAGES[*]} from a mirror of Debian, and" \
+            "name their folder: DEBS=… bash examples/evidence/run.sh" >&2
+        return 1
+    fi
+}
+
+unpack() {
+    local package
+    for package in "$WORK"/packages/*.deb; do
+        dpkg-deb --extract "$package" "$WORK/programs/$(basename "${package%%_*}")" || return
+        dpkg-deb --showformat='${Package} ${Version}\n' --show "$package"
+    done | tee "$WORK/programs/versions.txt"
+}
+
+# binarise CORPUS LANGUAGE
+binarise() {
+    logged "$LOGS/binarise.$1.en-$2.log" fairseq-preprocess --source-lang en --target-lang "$2" \
+        --trainpref "$WORK/pieces/$1/train.en-$2" --validpref "$WORK/pieces/$1/valid.en-$2" \
+        --testpref "$WORK/pieces/$1/test.en-$2" --destdir "$WORK/data/$1" \
+        --srcdict "$WORK/pieces/dict.txt" --tgtdict "$WORK/pieces/dict.txt" >/dev/null || return
+    echo "binarised $1 en-$2"
+}
+export -f binarise
+
+binarise_all() {
+    local corpus language
+    for corpus in "$@"; do
+        for language in "${LANGUAGES[@]}"; do echo "$corpus $language"; done
+    done | xargs -P "$JOBS" -L 1 bash -o pipefail -c 'binarise "$@"' binarise
+}
+
+# train_base STEP FOLDER UPDATES : stock fairseq's own transformer and task
+train_base() {
+    OMP_NUM_THREADS="$JOBS" step "$1" "$2" \
+        fairseq-train "$WORK/data/base" --cpu --user-dir "$ROOT/lslora_fairseq" \
+        --task translation_multi_simple_epoch --langs "$LANGS" --lang-pairs "$pairs" \
+        --encoder-langtok src --decoder-langtok --arch transformer --share-all-embeddings \
+        --encoder-layers 3 --encoder-embed-dim 192 --encoder-ffn-embed-dim 768 \
+        --encoder-attention-heads 4 --encoder-normalize-before \
+        --decoder-layers 3 --decoder-embed-dim 192 --decoder-ffn-embed-dim 768 \
+        --decoder-attention-heads 4 --decoder-normalize-before \
+        --optimizer adam --adam-betas '(0.9, 0.98)' --clip-norm 1.0 \
+        --lr-scheduler polynomial_decay --lr 0.002 --warmup-updates 400 \
+        --total-num-update "$3" --max-update "$3" \
+        --criterion label_smoothed_cross_entropy --label-smoothing 0.1 --dropout 0 \
+        --sampling-method temperature --sampling-temperature 1.5 \
+        --max-tokens 1500 --required-batch-size-multiple 1 --num-workers 0 --seed 1 \
+        --save-dir "$2" --no-epoch-checkpoints --save-interval-updates 500 \
+        --keep-interval-updates 1 --log-format simple --log-interval 50
+}
+
+start evidence_work
+pairs="$(printf 'en-%s,%s-en,' $(for la in "${LANGUAGES[@]}"; do echo "$la" "$la"; done))"
+pairs="${pairs%,}"
+step download "$WORK/packages" download
+step unpack "$WORK/programs" unpack
+follows "$(checksum "$ROOT"/scripts/{po_corpus,evidence/corpus}.py)"
+step corpus "$WORK/corpus" \
+    python "$ROOT/scripts/evidence/corpus.py" --programs "$WORK/programs" --out "$WORK/corpus" \
+    --few "${FEW[@]}" --more "${MORE[@]}" --languages "${LANGUAGES[@]}"
+follows "$(checksum "$ROOT/scripts/pieces.py")"
+step pieces "$WORK/pieces" \
+    python "$ROOT/scripts/pieces.py" --corpus "$WORK/corpus" --out "$WORK/pieces" --vocab-size 6000
+step binarise "$WORK/data" binarise_all base few more
+train_base train_base "$WORK/base" "$BASE_UPDATES"
+train_base train_quarter "$WORK/quarter" "$((BASE_UPDATES / 4))"
+
+cd "$ROOT/scripts/evidence"
+python evidence.py --work "$WORK"
