@@ -61,6 +61,9 @@ def test_frozen_they_keep_every_bit_in_a_further_stage(corpus, first, tmp_path):
     assert moved == {("source_adapters", "en"), ("target_adapters", "de")} and pruned
     options = torch.load(tmp_path / "checkpoint_last.pt")["cfg"]["model"]
     assert (options.lora_shared_rank, options.lora_shared_alpha) == (3, 6.0)
+    told = "4 languages, 31 linears, shared adapters of rank 3, kept as they are"
+    start = ["--checkpoint", first / "checkpoint_last.pt"]
+    assert told in lslora("doctor", *start, "--lora-freeze-shared")[1]
     _, demand, _ = lslora("demand", tmp_path / "checkpoint_last.pt")
     assert re.search(r"^\(shared\) +\d+\.\d% +\d+\.\d% +50\.0%$", demand, re.M)
 
