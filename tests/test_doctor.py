@@ -266,6 +266,10 @@ def test_data_that_is_cut_short(corpus, tmp_path):
         (["--arch", "lslora_m2m_124_175m"], "choose the --arch and sizes of the checkpoint"),
         (["--arch", "lslora_m2m"], "--arch lslora_m2m is unknown: choose one of lslora_m2m_100_1b"),
         (["--lora-rank", "99"], "--lora-rank: rank 99 of de must lie between 1 and 32"),
+        (
+            ["--lora-shared-rank", "2", "--lora-freeze-shared"],
+            "--lora-freeze-shared keeps shared adapters, and",
+        ),
     ],
 )
 def test_options_that_do_not_fit_the_model(corpus, args, told):

@@ -56,7 +56,7 @@ def _options(inputs):
         raise ConfigError(f"--arch {arch} is unknown: choose one of {known}")
     saved = checkpoint.options if checkpoint else {}
     options = Namespace(**vars(inputs.lora_options))
-    if checkpoint and checkpoint.has_adapters:
+    if checkpoint:
         restore_lora_options(options, checkpoint.path, saved, is_fresh=True)
     if not arch:
         sizes = {**saved, **NOT_TAKEN_OVER, **vars(options)}
