@@ -73,8 +73,8 @@ class LSLoConfig(Options):
     )
     lora_freeze_shared: bool = _option(
         False,
-        "keep the shared adapters as the checkpoint has them: what is trained from here on then "
-        "leaves other languages alone, bit for bit",
+        "keep the shared adapters as the checkpoint that training starts from has them: what a "
+        "language learns from here on then changes no other one",
     )
     lora_dropout: float = _option(
         0.0, "probability of dropping an entry of the adapters' input in training (default: 0)"
@@ -217,7 +217,7 @@ class AdapterPlan:
         """Trainable parameters per tier, side and module type, and their share of the base."""
         languages = self.languages
         rows = []
-        for tier in languages.tiers:
+        for tier in languages.tiers if self.sites else ():
             members = [i for i, code in enumerate(languages.codes) if languages.tier(code) == tier]
             count = Counter()
             for site in self.sites:
@@ -227,10 +227,11 @@ class AdapterPlan:
             rows.append((tier, len(members), "all", "all", sum(count.values())))
         if self.shared_sites:
             count = Counter()
-            for site in self.shared_sites:
+            for site in () if self.freeze_shared else self.shared_sites:
                 count[site.module] += site.entries(self.shared_rank)
-            rows += [("", "", plan.SHARED, *item) for item in count.items()]
-            rows.append(("", len(languages), plan.SHARED, "all", sum(count.values())))
+            rows += [("for all", "", plan.SHARED, *item) for item in count.items()]
+            name = "kept" if self.freeze_shared else "for all"
+            rows.append((name, len(languages), plan.SHARED, "all", sum(count.values())))
         total = sum(row[-1] for row in rows if row[1])
         if self.weight_learning:  # w of either side in every layer
             layers = {(site.stack, site.layer) for site in self.sites}
@@ -306,7 +307,8 @@ def resolve(config, layers, dims):
             "--lora-freeze-shared keeps shared adapters, and there are none: leave it out"
         )
     if shared_rank and not any(ranks):
-        sites, alphas = (), ranks  # plain LoRA
+        _check_plain(config)
+        sites, alphas = (), ranks
     else:
         plan.check_ranks(ranks, languages.codes, sites, "--lora-rank")
     config.lora_tiers = languages.spec
@@ -322,6 +324,25 @@ def resolve(config, layers, dims):
         shared_alpha or 0,
         config.lora_freeze_shared,
     )
+
+
+def _check_plain(config):
+    """Raises ConfigError for options that want adapters of languages, where there are none."""
+    for option, is_given, why in (
+        ("--lora-weight-learning", config.lora_weight_learning, "weighs adapters of languages"),
+        (
+            "--lora-freeze-shared",
+            config.lora_freeze_shared,
+            "leaves adapters of languages to train",
+        ),
+        ("--lora-alpha", config.lora_alpha is not None, "scales adapters of languages"),
+    ):
+        if is_given:
+            more = ", or give --lora-shared-alpha" if option == "--lora-alpha" else ""
+            raise ConfigError(
+                f"{option} {why}, and with --lora-rank 0 there are none: leave it out{more}, or "
+                "give --lora-rank"
+            )
 
 
 def _check_alpha(alpha, owner, option):

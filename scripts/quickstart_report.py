@@ -16,6 +16,8 @@ import lslora_fairseq  # noqa: F401  registers the model and the task
 from lslora_fairseq.errors import one_line_errors
 from lslora_fairseq.evaluation import comparison, groups, reports, saved
 from lslora_fairseq.evaluation.scoring import CHRF_NAME
+from lslora_fairseq.keys import is_adapter_key
+from lslora_fairseq.lora.plan import SHARED
 from lslora_fairseq.rendering.tables import aligned
 
 PIVOT = "en"
@@ -74,16 +76,19 @@ def significance(p):
 
 
 def count_adapters(model, codes):
-    """(trainable parameters, entries of B, pruned entries of B) of these languages."""
-    trainable = entries = pruned = 0
+    """(parameters, entries of B, pruned entries of B) of the adapters of these languages; those
+    that all languages share count where these are all."""
+    parameters = entries = pruned = 0
+    languages = [model.languages.index(code) for code in codes]
+    are_all = len(codes) == len(model.languages)
     for linear in model.adapted_linears():
-        for code in codes:
-            language = model.languages.index(code)
-            _, mask = linear.masks(language)
-            trainable += sum(factor.numel() for factor in linear.factors(language))
-            entries += mask.numel()
-            pruned += int((~mask).sum())
-    return trainable, entries, pruned
+        for side in linear.adapters:
+            for owner in ([0] if are_all else []) if side == SHARED else languages:
+                _, mask = linear.masks(owner, side)
+                parameters += sum(factor.numel() for factor in linear.factors(owner, side))
+                entries += mask.numel()
+                pruned += int((~mask).sum())
+    return parameters, entries, pruned
 
 
 def tiers(inventory):
@@ -95,7 +100,8 @@ def tiers(inventory):
 
 
 def count_frozen(model):
-    return sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    """Parameters of the base model."""
+    return sum(p.numel() for name, p in model.named_parameters() if not is_adapter_key(name))
 
 
 def score_table(inventory, scores):

@@ -5,7 +5,7 @@ from argparse import Namespace
 import torch
 
 from lslora_fairseq.config import LSLoConfig, resolve
-from lslora_fairseq.lora.plan import MODULES, adapter_columns
+from lslora_fairseq.lora.plan import MODULES, SHARED, SIDES, adapter_columns
 
 LAYERS = {"encoder": 3, "decoder": 2}
 DIM, FFN, ROWS = 4, 8, 20
@@ -23,7 +23,8 @@ def make(keep=None, logits=None, **options):
     """A checkpoint as fairseq-train writes it: frozen weights, adapters, masks, options.
 
     Args:
-        keep: (site, language code) -> entries of B that survive (the first ones); None for all
+        keep: (site, language code) -> entries of B that survive (the first ones); None for all.
+            The code of adapters that all languages share is ``shared``
         logits: (stack, layer) -> w of (source, target), with weight learning
         options: replace those above
 
@@ -48,12 +49,15 @@ def make(keep=None, logits=None, **options):
             for module in MODULES[stack]:
                 n_in, n_out = sizes[module]
                 model[f"{prefix}.{module}.weight"] = torch.randn(n_out, n_in)
-            for side in ("source", "target"):
+            for side in (*SIDES, SHARED):
                 sites = [
-                    s for s in plan.sites if (s.stack, s.layer, s.side) == (stack, layer, side)
+                    s for s in plan.all_sites if (s.stack, s.layer, s.side) == (stack, layer, side)
                 ]
+                ranks = dict(zip(plan.languages.codes, plan.ranks))
+                if side == SHARED:
+                    ranks = {SHARED: plan.shared_rank}
                 if sites:
-                    _add_adapters(model, f"{prefix}.{side}_adapters", sites, plan, keep)
+                    _add_adapters(model, f"{prefix}.{side}_adapters", sites, ranks, keep)
             if plan.weight_learning and any(
                 (s.stack, s.layer) == (stack, layer) for s in plan.sites
             ):
@@ -62,11 +66,11 @@ def make(keep=None, logits=None, **options):
     return {"model": model, "args": Namespace(**options)}
 
 
-def _add_adapters(model, prefix, sites, plan, keep):
+def _add_adapters(model, prefix, sites, ranks, keep):
     columns, width_A = adapter_columns(sites)
     width = width_A + sum(site.out_features for site in sites)
     masks = []
-    for code, rank in zip(plan.languages.codes, plan.ranks):
+    for code, rank in ranks.items():
         mask = torch.ones(rank, width, dtype=torch.bool)
         for site in sites:
             if keep is not None:

@@ -122,7 +122,49 @@ def test_weight_learning_has_an_adapter_of_either_side_at_every_site():
         ({"lora_dropout": float("nan")}, "--lora-dropout nan must lie in [0, 1)"),
         ({"lora_rank": "high=2,low=4,ko=8"}, "--lora-rank: ko is neither a tier"),
         ({"lora_rank": "high=2"}, "--lora-rank gives no value for fr"),
-        ({"lora_rank": "0"}, "--lora-rank: rank 0 of de must lie between 1 and 16"),
+        (
+            {"lora_rank": "0"},
+            "--lora-rank: rank 0 of de must lie between 1 and 16, the smaller side of "
+            "encoder.layers.0.self_attn.q_proj; 0 for every language is plain LoRA, and needs "
+            "--lora-shared-rank",
+        ),
+        (
+            {"lora_rank": "high=2,low=0", "lora_shared_rank": 4},
+            "--lora-rank: rank 0 of fr must lie between 1 and 16, the smaller side of "
+            "encoder.layers.0.self_attn.q_proj; 0 for every language is plain LoRA",
+        ),
+        (
+            {"lora_shared_rank": -1},
+            "--lora-shared-rank: rank -1 of all languages must lie between 1 and 16, the smaller",
+        ),
+        ({"lora_shared_rank": 17}, "--lora-shared-rank: rank 17 of all languages must lie between"),
+        (
+            {"lora_shared_rank": 2, "lora_shared_alpha": 0.0},
+            "--lora-shared-alpha: 0.0 of all languages must be positive; without the option",
+        ),
+        (
+            {"lora_shared_alpha": 2.0},
+            "--lora-shared-alpha scales the shared adapters, and there are none: add "
+            "--lora-shared-rank, or leave it out",
+        ),
+        (
+            {"lora_freeze_shared": True},
+            "--lora-freeze-shared keeps shared adapters, and there are none: leave it out",
+        ),
+        (
+            {"lora_rank": "0", "lora_shared_rank": 2, "lora_weight_learning": True},
+            "--lora-weight-learning weighs adapters of languages, and with --lora-rank 0 there are "
+            "none: leave it out, or give --lora-rank",
+        ),
+        (
+            {"lora_rank": "0", "lora_shared_rank": 2, "lora_freeze_shared": True},
+            "--lora-freeze-shared leaves adapters of languages to train, and with --lora-rank 0",
+        ),
+        (
+            {"lora_rank": "0", "lora_shared_rank": 2, "lora_alpha": "4"},
+            "--lora-alpha scales adapters of languages, and with --lora-rank 0 there are none: "
+            "leave it out, or give --lora-shared-alpha, or give --lora-rank",
+        ),
         ({"lora_rank": "high=2,low=17"}, "--lora-rank: rank 17 of fr must lie between 1 and 16"),
         ({"lora_alpha": "0"}, "--lora-alpha: 0.0 of de must be positive; without the option"),
         ({"lora_alpha": "high=1,low=-2"}, "--lora-alpha: -2.0 of fr must be positive"),
@@ -185,6 +227,51 @@ def test_the_table_counts_by_tier_side_and_module():
         ["low", "1", "all", "all", "2,176", "21.760%"],
         ["total", "3", "all", "all", "4,352", "43.520%"],
     ]
+
+
+def test_shared_adapters_sit_where_those_of_languages_do():
+    _, plan = resolved(lora_shared_rank=4, lora_shape="square", encoder_lora_layers="1,3")
+    assert (plan.shared_rank, plan.shared_alpha, plan.freeze_shared) == (4, 4, False)
+    assert [(s.name, s.in_features, s.out_features) for s in plan.shared_sites] == [
+        (s.name, s.in_features, s.out_features) for s in plan.sites
+    ]
+    assert {site.side for site in plan.shared_sites} == {"shared"}
+    assert {site.side for site in plan.sites} == {"source", "target"}
+    assert plan.needs("source") and plan.needs("target")
+
+
+def test_rank_0_for_all_leaves_the_shared_adapters_alone():
+    for rank in ("0", "high=0,low=0"):
+        _, plan = resolved(lora_rank=rank, lora_shared_rank=4, lora_shared_alpha=8.0)
+        assert plan.sites == () and len(plan.shared_sites) == 4 * 5 + 2 * 8
+        assert (plan.shared_rank, plan.shared_alpha) == (4, 8.0)
+        assert not plan.needs("source") and not plan.needs("target")
+
+
+SHARED_ROWS = [
+    ["for", "all", "shared", "fc1", "960", "9.600%"],
+    ["for", "all", "3", "shared", "all", "960", "9.600%"],
+]
+
+
+@pytest.mark.parametrize(
+    "options, shared, total",
+    [
+        ({}, SHARED_ROWS, "2,880"),
+        ({"lora_rank": "0"}, SHARED_ROWS, "960"),
+        ({"lora_freeze_shared": True}, [["kept", "3", "shared", "all", "0", "0.000%"]], "1,920"),
+    ],
+)
+def test_the_table_counts_shared_adapters_once(options, shared, total):
+    _, plan = resolved(
+        **{"lora_rank": "2", "lora_shared_rank": 3, **options},
+        encoder_target_modules="fc1",
+        decoder_target_modules="none",
+    )
+    lines = [line.split() for line in plan.table(10_000).splitlines()]
+    share = f"{int(total.replace(',', '')) / 10_000:.3%}"
+    assert lines[-1 - len(shared) :] == [*shared, ["total", "3", "all", "all", total, share]]
+    assert ("high" in {line[0] for line in lines}) == bool(plan.sites)
 
 
 def pruning(**options):

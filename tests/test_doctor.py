@@ -266,12 +266,35 @@ def test_data_that_is_cut_short(corpus, tmp_path):
         (["--arch", "lslora_m2m_124_175m"], "choose the --arch and sizes of the checkpoint"),
         (["--arch", "lslora_m2m"], "--arch lslora_m2m is unknown: choose one of lslora_m2m_100_1b"),
         (["--lora-rank", "99"], "--lora-rank: rank 99 of de must lie between 1 and 32"),
+        (
+            ["--lora-shared-rank", "2", "--lora-freeze-shared"],
+            "--lora-freeze-shared keeps shared adapters, and",
+        ),
     ],
 )
 def test_options_that_do_not_fit_the_model(corpus, args, told):
     status, found, _ = diagnose("--checkpoint", corpus.base, "--lora-tiers", TIERS, *args)
     assert status == 1
     assert told in found["adapters"]["found"]
+
+
+def test_shared_adapters_are_counted(corpus):
+    args = ["--checkpoint", corpus.base, "--lora-tiers", TIERS, "--max-tokens", "600", "--cpu"]
+    found = {}
+    for rank, more in (("2", []), ("2", ["--lora-shared-rank", "3"]), ("0", ["3"])):
+        more = ["--lora-shared-rank", "3"] if more == ["3"] else more
+        _, lines, _ = diagnose(*args, "--lora-rank", rank, *more)
+        assert not troubles(lines)
+        found[rank, bool(more)] = lines
+    told = {key: lines["adapters"]["found"] for key, lines in found.items()}
+    assert told["2", True].endswith(": 4 languages, 31 linears, shared adapters of rank 3")
+    assert told["0", True].endswith(": 4 languages, 31 linears, shared adapters of rank 3 alone")
+    counts = {key: int(text.split()[0].replace(",", "")) for key, text in told.items()}
+    assert counts["2", True] == counts["2", False] + counts["0", True]
+    # four languages of rank 2
+    assert counts["2", False] * 3 == counts["0", True] * 8
+    memory = {key: lines["memory"]["values"]["parts"] for key, lines in found.items()}
+    assert memory["0", True]["optimizer"] == 8 * counts["0", True]
 
 
 def test_other_adapters_than_those_of_the_run_that_is_resumed(tuned):

@@ -106,6 +106,7 @@ SWAPPED = "encoder.layers.0.self_attn.k_proj"
         ),
         ({"lora_tiers": "high=de,en;low=fr,oc", "lora_rank": "de=1,en=2,fr=3,oc=5"}, "has adapt"),
         ({"lora_rank": "de=1,en=2,fr=3,ja=4"}, "rank of ja is 5 there and 4 here: leave out"),
+        ({"lora_rank": "0", "lora_shared_rank": 2}, "rank of de is 1 there and 0 here: leave out"),
     ],
 )
 def test_weights_that_contradict_the_model_are_refused(options, message):
@@ -117,6 +118,29 @@ def test_weights_that_contradict_the_model_are_refused(options, message):
         other.load_state_dict(state)
     for key, value in other.state_dict().items():
         assert torch.equal(value, before[key]), key
+
+
+@pytest.mark.parametrize("there, here, told", [
+    ({"lora_shared_rank": 3}, {"lora_shared_rank": 2}, "rank 3 and alpha 3, this model rank 2 and"),
+    (
+        {"lora_shared_rank": 3},
+        {"lora_shared_rank": 3, "lora_shared_alpha": 6.0},
+        "rank 3 and alpha 3, this model rank 3 and alpha 6.0",
+    ),
+    ({"lora_shared_rank": 3}, {}, "rank 3 and alpha 3, this model none"),
+    ({}, {"lora_shared_rank": 3}, "none, this model rank 3 and alpha 3"),
+])  # fmt: skip
+def test_other_shared_adapters_are_refused(there, here, told):
+    message = f"does not fit this model: of the shared adapters it has {told}"
+    with pytest.raises(UserError, match=f"^lslora: error: the checkpoint {message}") as caught:
+        build(**here).load_state_dict(build(**there).state_dict())
+    assert "leave out --lora-shared-rank and --lora-shared-alpha, or give" in str(caught.value)
+
+
+def test_freezing_shared_adapters_does_not_make_them_others():
+    build(lora_shared_rank=3, lora_freeze_shared=True).load_state_dict(
+        build(lora_shared_rank=3, lora_shared_alpha=3.0).state_dict()
+    )
 
 
 def test_modules_that_differ_in_name_alone_are_told_apart():
@@ -156,14 +180,14 @@ def older(state):
     return state
 
 
-def pruned_model(seed):
-    model = set_adapters(build(), seed=seed)
+def pruned_model(seed, **options):
+    model = set_adapters(build(**options), seed=seed)
     generator = torch.Generator().manual_seed(seed)
     for holder in model.modules():
         if isinstance(holder, LayerAdapters):
             holder.mask.copy_(torch.rand(holder.mask.shape, generator=generator) > 0.5)
             holder.refresh_pruned()
-            for language in range(4):
+            for language in range(len(holder.names)):
                 holder.weight(language).data.mul_(holder.mask[holder.rows(language)])
     return model
 
@@ -175,23 +199,24 @@ def test_a_checkpoint_of_an_earlier_version_loads():
         assert torch.equal(other.state_dict()[key], value), key
 
 
-def test_what_is_pruned_in_all_of_an_average_stays_so():
+@pytest.mark.parametrize("options", [{}, {"lora_shared_rank": 3, "lora_shared_alpha": 2.0}])
+def test_what_is_pruned_in_all_of_an_average_stays_so(options):
     """Summed up and divided, whole numbers with their remainder dropped, as fairseq's script."""
-    models = [pruned_model(seed) for seed in (3, 4, 5)]
+    models = [pruned_model(seed, **options) for seed in (3, 4, 5)]
     total = {k: v.clone() for k, v in models[0].state_dict().items()}
     for model in models[1:]:
         for key, value in model.state_dict().items():
             total[key] += value
     for value in total.values():
         value.div_(3) if value.is_floating_point() else value.floor_divide_(3)
-    average = build(seed=9)
+    average = build(seed=9, **options)
     average.load_state_dict(total)
     for name, holder in average.named_modules():
         if isinstance(holder, LayerAdapters):
             masks = [m.get_submodule(name).mask for m in models]
             assert torch.equal(holder.mask, masks[0] | masks[1] | masks[2])
             assert holder.is_pruned
-            for language in range(4):
+            for language in range(len(holder.names)):
                 kept = holder.mask[holder.rows(language)]
                 assert not holder.weight(language)[~kept].any()
     average.eval()

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import torch
 from fairseq.data import Dictionary
 from fairseq.models.transformer import TransformerModel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lslora_fairseq.keys import is_adapter_key
 from lslora_fairseq.models.lslora_transformer import LSLoTransformerModel
@@ -110,3 +111,18 @@ def batch(pairs, length=7, seed=3):
 def rows(net_input, chosen):
     """The sentences *chosen* of a batch, with its padding."""
     return {key: value[chosen] for key, value in net_input.items()}
+
+
+class Work(TorchDispatchMode):
+    """Records every operation and the sizes of what it gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.done = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = function(*args, **(kwargs or {}))
+        tensors = given if isinstance(given, (tuple, list)) else [given]
+        sizes = [tuple(t.shape) for t in tensors if torch.is_tensor(t)]
+        self.done.append((str(function), sizes))
+        return given

@@ -16,7 +16,8 @@ The checkpoint is one of a run with the same --lora-rank for all languages and -
 layer: there the languages of a layer compete for what pruning leaves of it. The demand of a
 language is the share of its entries of B that survive. The share of a tier is the mean of its
 languages. A layer as a whole keeps the share that the schedule says, so that languages and module
-types can be compared, but not one layer with another.
+types can be compared, but not one layer with another. Adapters that all languages share are pruned
+on their own; what survives of them is told in a row of its own, and is in no mean.
 """
 
 HEADER = ("language", "tier", "stack", "layer", "module", "side", "entries", "kept", "share")
@@ -77,6 +78,16 @@ def by_language(demand):
     return rows
 
 
+def shared(demand):
+    """Share of the shared adapters that survives: dict with encoder, decoder, all; None without."""
+    if not demand.shared:
+        return None
+    return {
+        **{stack: demand.shared_share(stack) for stack in MODULES},
+        "all": demand.shared_share(),
+    }
+
+
 def by_layer(demand):
     """Mean share of each tier in each layer: list of dicts with stack, layer, tiers, all."""
     layers = dict.fromkeys((site.stack, site.layer) for site in demand.plan.sites)
@@ -116,6 +127,8 @@ def _summary(demand):
         f"demand: share of a language's entries of B that survive pruning\n"
         f"{len(demand.plan.languages)} languages, {rank}, {demand.sparsity:.1%} of all entries "
         f"removed, scope {demand.scope or 'unknown'}"
+        + f"; shared by all: rank {demand.plan.shared_rank}"
+        * bool(demand.shared)
     )
 
 
@@ -127,6 +140,8 @@ def _languages_table(demand):
         )
         for row in by_language(demand)
     ]
+    if demand.shared:
+        rows.append(("(shared)", *map(tables.percent, shared(demand).values())))
     return tables.aligned("<>>>", ("language", *MODULES, "all"), rows)
 
 
@@ -154,6 +169,7 @@ def _json(demand):
             "tiers": demand.tiers,
             "warnings": demand.warnings(),
             "languages": by_language(demand),
+            "shared": shared(demand),
             "layers": by_layer(demand),
             "modules": by_module(demand),
             "cells": [dict(zip(HEADER, row)) for row in cells(demand)],

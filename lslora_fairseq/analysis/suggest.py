@@ -33,7 +33,9 @@ The rule:
      / (2 rank + 1) gets one more rank, over and over, until the next does not fit the budget.
      This is Webster's way to give out seats: ranks in proportion to demand.
 Tiers, layers with adapters, index sides and shape are those of the checkpoint, and among the flags,
-since the number of parameters rests on them. --lora-alpha is not: it belongs to training.
+since the number of parameters rests on them. --lora-alpha is not: it belongs to training. Adapters
+that all languages share keep their rank and alpha; what they need in the kept modules is taken off
+the budget first.
 """
 
 
@@ -82,6 +84,7 @@ class Suggestion:
         modules, groups: lists of :class:`Module` and :class:`Group`
         budget, base: numbers of parameters
         kept: what stays as it is in the checkpoint: option -> value
+        shared: parameters of the shared adapters
     """
 
     modules: list
@@ -89,10 +92,11 @@ class Suggestion:
     budget: int
     base: int
     kept: dict
+    shared: int = 0
 
     @property
     def used(self):
-        return sum(group.parameters for group in self.groups)
+        return self.shared + sum(group.parameters for group in self.groups)
 
     @property
     def flags(self):
@@ -108,6 +112,10 @@ def kept_options(checkpoint):
     """What the next run takes over from the checkpoint: option -> value."""
     config = checkpoint.config
     kept = {"--lora-tiers": config.lora_tiers, "--lora-shape": config.lora_shape}
+    if config.lora_shared_rank:
+        kept["--lora-shared-rank"] = str(config.lora_shared_rank)
+    if config.lora_shared_alpha is not None:
+        kept["--lora-shared-alpha"] = str(config.lora_shared_alpha)
     for stack, layers in checkpoint.layers.items():
         chosen = getattr(config, f"{stack}_lora_layers") or f"0-{layers - 1}"
         kept[f"--{stack}-lora-layers"] = chosen
@@ -135,6 +143,17 @@ def judge_modules(demand):
             share = demand.mean(demand.shares(demand.sites(stack=stack, module=module)))
             found.append(Module(stack, module, share, average))
     return found
+
+
+def kept_sites(sites, modules):
+    """Those of some sites whose module type is kept."""
+    kept = {(module.stack, module.module) for module in modules if module.kept}
+    return [site for site in sites if (site.stack, site.module) in kept]
+
+
+def shared_parameters(plan, modules):
+    """Parameters of the adapters that all languages share, in the kept modules."""
+    return sum(s.entries(plan.shared_rank) for s in kept_sites(plan.shared_sites, modules))
 
 
 def apportion(demands, costs, budget, limit):
@@ -180,8 +199,7 @@ def suggest(demand, budget, per):
         ConfigError: the budget is too small for rank 1.
     """
     modules = judge_modules(demand)
-    kept = {(module.stack, module.module) for module in modules if module.kept}
-    sites = [site for site in demand.plan.sites if (site.stack, site.module) in kept]
+    sites, shared = kept_sites(demand.plan.sites, modules), shared_parameters(demand.plan, modules)
     shares = demand.shares(sites)
     groups = demand.tiers
     demands = [demand.mean(shares, tier) for tier in groups]
@@ -189,13 +207,14 @@ def suggest(demand, budget, per):
         groups, demands = {code: [code] for code in demand.plan.languages.codes}, shares.tolist()
     cost = sum(site.entries(1) for site in sites)
     costs = [cost * len(codes) for codes in groups.values()]
-    if budget < sum(costs):
+    if budget < shared + sum(costs):
+        beside = f" beside the shared adapters' {shared:,}" if shared else ""
         raise ConfigError(
-            f"--budget: {budget:,} parameters are too few for rank 1 everywhere: give at least "
-            f"{sum(costs)}, or adapt fewer languages or layers"
+            f"--budget: {budget:,} parameters are too few for rank 1 everywhere{beside}: give at "
+            f"least {shared + sum(costs)}, or adapt fewer languages or layers"
         )
     limit = min(min(site.in_features, site.out_features) for site in sites)
-    ranks = apportion(demands, costs, budget, limit)
+    ranks = apportion(demands, costs, budget - shared, limit)
     return modules, [
         Group(name, len(groups[name]), demand, rank, rank * cost)
         for name, demand, rank, cost in zip(groups, demands, ranks, costs)
@@ -254,8 +273,8 @@ def run(args):
     warning = alpha_warning(checkpoint)
     if warning:
         logger.warning(warning)
-    kept = kept_options(checkpoint)
-    print(FORMATS[args.format](Suggestion(modules, groups, budget, base, kept)))
+    shared, kept = shared_parameters(checkpoint.plan, modules), kept_options(checkpoint)
+    print(FORMATS[args.format](Suggestion(modules, groups, budget, base, kept, shared)))
     return 0
 
 
@@ -273,6 +292,9 @@ def _table(suggestion):
         (g.name, str(g.languages), tables.percent(g.demand), str(g.rank), f"{g.parameters:,}")
         for g in suggestion.groups
     ]
+    if suggestion.shared:
+        rank = suggestion.kept["--lora-shared-rank"]
+        groups.append(("(shared)", "all", "-", rank, f"{suggestion.shared:,}"))
     header = ("rank for", "languages", "demand", "rank", "parameters")
     used, base = suggestion.used, suggestion.base
     return "\n\n".join(
@@ -291,6 +313,7 @@ def _json(suggestion):
         {
             "modules": [{**vars(m), "kept": m.kept} for m in suggestion.modules],
             "groups": [vars(group) for group in suggestion.groups],
+            "shared": suggestion.shared,
             "budget": suggestion.budget,
             "used": suggestion.used,
             "base_parameters": suggestion.base,

@@ -199,10 +199,17 @@ def check_model(inputs):
     if inputs.checkpoint:
         model.check_fit(inputs.model, inputs.checkpoint)
     plan, size = inputs.model.plan, inputs.shape
+    shared = ""
+    if plan.shared_sites:
+        kept = ", kept as they are" * plan.freeze_shared
+        shared = f", shared adapters of rank {plan.shared_rank}{kept}"
+        if not plan.sites:
+            shared += " alone"
     found = (
         f"{size.adapter_entries:,} trainable parameters, "
         f"{size.adapter_entries / size.base_parameters:.2%} of {size.base_parameters:,}: "
-        f"{len(plan.languages)} languages, {len({site.name for site in plan.sites})} linears"
+        f"{len(plan.languages)} languages, {len({site.name for site in plan.all_sites})} linears"
+        f"{shared}"
     )
     return [Line(OK, "adapters", found)]
 

@@ -34,9 +34,10 @@ class Shape:
 
     Attributes:
         base_parameters: frozen parameters, shared ones counted once
-        adapter_entries: trainable entries of all languages, and the side weights
+        adapter_entries: trainable entries of all languages, shared ones, and the side weights
         encoder_layers, decoder_layers, dim, ffn_dim: sizes of the transformer
         rows: embedding rows
+        kept_entries: of shared adapters that are not trained
     """
 
     base_parameters: int
@@ -46,6 +47,7 @@ class Shape:
     dim: int
     ffn_dim: int
     rows: int
+    kept_entries: int = 0
 
 
 def estimate(shape, precision, max_tokens, checkpointed=False, process=None):
@@ -80,7 +82,7 @@ def estimate(shape, precision, max_tokens, checkpointed=False, process=None):
         kept, logits, more = kept + CPU_LAYERS * decoder, CPU_LOGIT_BYTES, {"process": process}
     return {
         "base model": base * shape.base_parameters,
-        "adapters": (weight + 1) * entries,  # and their masks
+        "adapters": (weight + 1) * (entries + shape.kept_entries),  # and their masks
         "gradients": weight * entries,
         "optimizer": OPTIMIZER_BYTES[precision] * entries,
         "activations": int(ACTIVATION_BYTES[precision] * kept * max_tokens),
@@ -93,12 +95,14 @@ def checkpoint_size(shape, precision):
     """Bytes of a checkpoint: base model, adapters with masks, optimizer state."""
     weight = WEIGHT_BYTES[precision]
     masters = 4 if weight == 2 else 0
-    return weight * shape.base_parameters + (weight + 1 + masters + 8) * shape.adapter_entries
+    kept = weight * shape.base_parameters + (weight + 1) * shape.kept_entries
+    return kept + (weight + 1 + masters + 8) * shape.adapter_entries
 
 
 def loading_peak(shape, file_size):
     """Bytes of CPU memory while the model, still in fp32, is filled from a checkpoint."""
-    return 4 * shape.base_parameters + 5 * shape.adapter_entries + file_size
+    adapters = 5 * (shape.adapter_entries + shape.kept_entries)
+    return 4 * shape.base_parameters + adapters + file_size
 
 
 def own_size():

@@ -11,7 +11,7 @@ from fairseq.models import ARCH_CONFIG_REGISTRY
 from lslora_fairseq import unsupported
 from lslora_fairseq.doctor.memory import Shape
 from lslora_fairseq.errors import ConfigError, UserError
-from lslora_fairseq.keys import EMBEDDINGS, RECORD
+from lslora_fairseq.keys import EMBEDDINGS, RECORD, is_adapter_key
 from lslora_fairseq.models.lslora_transformer import LSLoTransformerModel
 from lslora_fairseq.tasks.options import restore_lora_options
 
@@ -56,8 +56,8 @@ def _options(inputs):
         raise ConfigError(f"--arch {arch} is unknown: choose one of {known}")
     saved = checkpoint.options if checkpoint else {}
     options = Namespace(**vars(inputs.lora_options))
-    if checkpoint and checkpoint.has_adapters:
-        restore_lora_options(options, checkpoint.path, saved)
+    if checkpoint:
+        restore_lora_options(options, checkpoint.path, saved, is_fresh=True)
     if not arch:
         sizes = {**saved, **NOT_TAKEN_OVER, **vars(options)}
         options = Namespace(**sizes)
@@ -93,9 +93,18 @@ def check_fit(model, checkpoint):
 def shape(model):
     """The :class:`Shape` of a model for the estimate of its memory."""
     encoder, decoder = model.encoder, model.decoder
+    base, adapters, kept = 0, 0, 0
+    for name, param in model.named_parameters():
+        if not is_adapter_key(name):
+            base += param.numel()
+        elif param.requires_grad:
+            adapters += param.numel()
+        else:
+            kept += param.numel()
     return Shape(
-        base_parameters=sum(p.numel() for p in model.parameters() if not p.requires_grad),
-        adapter_entries=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        base_parameters=base,
+        adapter_entries=adapters,
+        kept_entries=kept,
         encoder_layers=len(encoder.layers),
         decoder_layers=len(decoder.layers),
         dim=encoder.embed_tokens.embedding_dim,

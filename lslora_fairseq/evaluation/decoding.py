@@ -176,7 +176,8 @@ class Translator:
         net_input = {
             key: _joined([b["net_input"][key] for b in batches], pad, self._left(key))
             for key in batches[0]["net_input"]
-            if key != "prev_output_tokens"
+            # a language without adapters has no ids, and none of the models needs that side
+            if key != "prev_output_tokens" and all(key in b["net_input"] for b in batches)
         }
         target = _joined([b["target"] for b in batches], pad, self._left("target"))
         return {"net_input": net_input, "target": target}, order

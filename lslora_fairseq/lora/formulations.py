@@ -58,10 +58,18 @@ class AdaptedLinears(torch.autograd.Function):
         dx = _frozen_backward(dys, weights) if ctx.needs_input_grad[0] else None
         dz = dx if z is None else torch.zeros_like(z)
         handed = []
-        for stack, gradient, blocks in zip(stacks, ctx.gradients, ctx.blocks):
+        are_trained = ctx.needs_input_grad[5 : 5 + len(stacks)]
+        for stack, gradient, blocks, is_trained in zip(
+            stacks, ctx.gradients, ctx.blocks, are_trained
+        ):
             adapted, columns = _adapted(gradient.adapters, ctx.modules)
-            part = gradient.columns([ctx.modules[i] for i in adapted], stack)
             d_adapted = [dys[i] for i in adapted]
+            if not is_trained:
+                if dz is not None:
+                    _frozen_adapted_backward(d_adapted, dz, stack, columns, blocks)
+                handed.append(None)
+                continue
+            part = gradient.columns([ctx.modules[i] for i in adapted], stack)
             _adapted_backward(d_adapted, dz, x if z is None else z, stack, part, columns, blocks)
             handed.append(part.handed)
         dz = None if dz is dx else dz
@@ -118,6 +126,19 @@ def _adapted_backward(dys, dz, z, stack, gradient, columns, blocks):
             _add_gradient(dA, part, z_part, block, gradient.beta)
         if dz is not None:
             _add_product(dz_part, dh, A)
+
+
+def _frozen_adapted_backward(dys, dz, stack, columns, blocks):
+    """The backward pass of :func:`_add_adapted` for adapters without a gradient of their own."""
+    for block, As, Bs, dy_parts, dz_part in zip(
+        blocks,
+        zip(*(_rows(stack, a, blocks) for a, _ in columns)),
+        zip(*(_rows(stack, b, blocks) for _, b in columns)),
+        zip(*(_sentences(dy, b, blocks) for dy, (_, b) in zip(dys, columns))),
+        _sentences(dz, columns[0][0], blocks),
+    ):
+        dh = _side_by_side([dy @ B.mT for dy, B in zip(dy_parts, Bs)], -1)
+        _add_product(dz_part, _scaled(dh, block), _side_by_side(As, -2))
 
 
 def _adapted(adapters, modules):

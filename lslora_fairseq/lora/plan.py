@@ -156,7 +156,10 @@ def check_ranks(ranks, names, sites, option):
     limit = min(smallest.in_features, smallest.out_features)
     for name, rank in zip(names, ranks):
         if not 1 <= rank <= limit:
+            more = ""
+            if rank == 0:
+                more = "; 0 for every language is plain LoRA, and needs --lora-shared-rank"
             raise ConfigError(
                 f"{option}: rank {rank} of {name} must lie between 1 and {limit}, "
-                f"the smaller side of {smallest.name}"
+                f"the smaller side of {smallest.name}{more}"
             )

@@ -94,8 +94,11 @@ class Present:
                 f"{len(layout.ranks)} languages, 0 to {len(layout.ranks) - 1}"
             )
         self.ranks = [layout.ranks[language] for language in self.languages]
-        owners = [la for la, rank in zip(self.languages, self.ranks) for _ in range(rank)]
-        self.owners = torch.tensor(owners, device=lang_ids.device)
+        if len(self.languages) == 1:  # a tensor of one value needs no transfer to the device
+            self.owners = lang_ids.new_full(self.ranks, self.languages[0], dtype=torch.long)
+        else:
+            owners = [la for la, rank in zip(self.languages, self.ranks) for _ in range(rank)]
+            self.owners = torch.tensor(owners, device=lang_ids.device)
         self.row_scaling = layout.scaling[self.owners]
         self.stacks = None
 

@@ -88,9 +88,11 @@ class LSLoTransformerModel(TransformerModel):
                 buffer.zero_()  # fairseq 0.12.2 leaves and saves what was in memory
         self.requires_grad_(False)
         base_parameters = sum(p.numel() for p in self.parameters())
-        self.adapter_layout = AdapterLayout(self.plan.ranks, self.plan.alphas)
-        self._layouts = dict.fromkeys(SIDES, self.adapter_layout)
-        if self.plan.shared_rank:
+        self._layouts = {}
+        if self.plan.sites:
+            self.adapter_layout = AdapterLayout(self.plan.ranks, self.plan.alphas)
+            self._layouts.update(dict.fromkeys(SIDES, self.adapter_layout))
+        if self.plan.shared_sites:
             self.shared_layout = AdapterLayout([self.plan.shared_rank], [self.plan.shared_alpha])
             self._layouts[SHARED] = self.shared_layout
         for name, stack in stacks.items():
@@ -99,7 +101,10 @@ class LSLoTransformerModel(TransformerModel):
             for number, layer in enumerate(stack.layers):
                 self._adapt(layer, [site for site in sites if site.layer == number])
         logger.info(
-            "adapters of %d languages\n%s", len(self.languages), self.plan.table(base_parameters)
+            "adapters %s %d languages\n%s",
+            "of" if self.plan.sites else "shared by",
+            len(self.languages),
+            self.plan.table(base_parameters),
         )
 
     def identify(self, args, langs):
@@ -141,16 +146,21 @@ class LSLoTransformerModel(TransformerModel):
     def prepare_for_inference_(self, cfg):
         """As fairseq's; adapters are merged where the direction to decode is known."""
         super().prepare_for_inference_(cfg)
-        direction = [getattr(cfg.task, f"{side}_lang", None) for side in SIDES]
-        if all(code in self.languages for code in direction):
-            self.merge(*map(self.languages.index, direction))
+        direction = {
+            side: self.languages.index(code)
+            for side in SIDES
+            for code in (getattr(cfg.task, f"{side}_lang", None),)
+            if code in self.languages
+        }
+        if all(side in direction for side in SIDES if self.plan.needs(side)):
+            self.merge(*map(direction.get, SIDES))
 
     def merge(self, source, target):
         """Folds the adapters of one direction into the weights, for decoding at the base model's
         speed; those of all languages are gone afterwards.
 
         Args:
-            source, target: language indices
+            source, target: language indices; not looked at where no layer is indexed by that side
 
         Raises:
             RuntimeError: another direction was merged before.
@@ -158,7 +168,7 @@ class LSLoTransformerModel(TransformerModel):
         """
         direction = dict(zip(SIDES, (source, target)))
         needed = {side: direction[side] for side in SIDES if self.plan.needs(side)}
-        if self.encoder.merged:
+        if self.encoder.merged is not None:
             if self.encoder.merged == needed:
                 return
             raise RuntimeError(
@@ -191,18 +201,21 @@ class LSLoTransformerModel(TransformerModel):
         return [m for m in self.modules() if isinstance(m, LSLoLinear)]
 
     def reset_masks(self):
-        """Frees every pruned entry of the adapters; it is zero and may grow again."""
+        """Frees every pruned entry of the adapters that are trained; it is zero and may grow
+        again."""
         for adapters in self._layer_adapters():
             adapters.mask.fill_(True)
             adapters.refresh_pruned()
 
     def count_pruned(self):
-        """How many entries of the adapters are pruned, and how many there are."""
+        """How many entries of the adapters that are trained are pruned, and how many there are."""
         masks = [adapters.mask for adapters in self._layer_adapters()]
         return sum(int((~mask).sum()) for mask in masks), sum(mask.numel() for mask in masks)
 
     def _layer_adapters(self):
-        return [m for m in self.modules() if isinstance(m, LayerAdapters)]
+        """The :class:`LayerAdapters` that are trained."""
+        found = [m for m in self.modules() if isinstance(m, LayerAdapters)]
+        return [m for m in found if not (m.side == SHARED and self.plan.freeze_shared)]
 
     def source_shares(self):
         """p_src of every layer with learned weights (method, section 3); p_tgt is 1 − p_src.

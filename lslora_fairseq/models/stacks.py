@@ -122,7 +122,7 @@ def _maybe_checkpointed(layer, cfg):
 
 class LSLoTransformerEncoder(_RoutedStack, TransformerEncoderBase):
     stock_name = "TransformerEncoder"
-    merged = {}  # side -> the language whose adapters were merged into the weights
+    merged = None  # side -> the language whose adapters were merged into the weights
 
     def build_encoder_layer(self, cfg):
         return _maybe_checkpointed(LSLoTransformerEncoderLayer(cfg, return_fc=self.return_fc), cfg)
@@ -155,7 +155,7 @@ class LSLoTransformerEncoder(_RoutedStack, TransformerEncoderBase):
         """
         ids = dict(zip(SIDES, (source_lang_ids, target_lang_ids)))
         _check_ids(ids, src_tokens.size(0))
-        for side, language in self.merged.items():
+        for side, language in (self.merged or {}).items():
             if ids[side] is not None and (ids[side] != language).any():
                 raise RuntimeError(
                     f"the adapters of one {side} language were merged into the weights, and the "

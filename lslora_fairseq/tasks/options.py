@@ -188,6 +188,10 @@ def restore_lora_options(args, path, saved, is_fresh=False):
         ConfigError: this run has other options.
     """
     if saved.get("lora_tiers") is None:
+        if getattr(args, "lora_freeze_shared", False):
+            raise ConfigError(
+                f"--lora-freeze-shared keeps shared adapters, and {path} has none: leave it out"
+            )
         return
     languages = Languages.parse(saved["lora_tiers"])
     given = Namespace(**{n: getattr(args, n) for n in LORA_FIELDS if hasattr(args, n)})

@@ -339,11 +339,13 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
         if getattr(self.args, "pruning_masks", "keep") == "reset":
             model.reset_masks()
         pruned, entries = model.count_pruned()
+        kept = "the shared adapters stay as they are; of the others, " * model.plan.freeze_shared
         logger.info(
             "adapters continue from %s: languages, ranks, alpha, sides, modules and shape are its "
-            "own; optimizer, learning rate, pruning schedule and dropout are this run's; %s of %s "
-            "entries are pruned%s",
+            "own; optimizer, learning rate, pruning schedule and dropout are this run's; %s%s of "
+            "%s entries are pruned%s",
             path,
+            kept,
             f"{pruned:,}",
             f"{entries:,}",
             " and stay so (--pruning-masks reset frees them)" if pruned else "",

@@ -155,6 +155,50 @@ def test_a_stack_without_adapters_has_no_share(tmp_path):
     assert demand.FORMATS["table"](found).splitlines()[5].split() == ["de", "14.6%", "-", "14.6%"]
 
 
+def kept_and_shared(site, code):
+    """Of each shared site 5 entries survive."""
+    return 5 if code == "shared" else keep(site, code)
+
+
+def test_shared_adapters_are_told_apart_and_change_nothing_else(tmp_path):
+    """24 entries of B in an encoder layer's shared adapters of rank 1, 36 in a decoder's; fc1
+    has 8, the others 4 and lose none."""
+    plain = measured(tmp_path, pruning_final_sparsity=0.1)
+    found = measured(tmp_path, kept_and_shared, pruning_final_sparsity=0.1, lora_shared_rank=1)
+    assert demand.shared(plain) is None and found.warnings() == plain.warnings() == []
+    assert demand.shared(found) == exactly(
+        encoder=Fraction(4 * 4 + 5, 24),
+        decoder=Fraction(7 * 4 + 5, 36),
+        all=Fraction(3 * 21 + 2 * 33, 3 * 24 + 2 * 36),
+    )
+    assert (found.sparsity, demand.cells(found)) == (plain.sparsity, demand.cells(plain))
+    lines, others = (demand.FORMATS["table"](d).splitlines() for d in (found, plain))
+    assert lines.pop(9) == "(shared)    87.5%    91.7%  89.6%"
+    assert lines.pop(1) == f"{others.pop(1)}; shared by all: rank 1"
+    assert lines == others
+    report = json.loads(demand.FORMATS["json"](found))
+    assert report["shared"]["encoder"] == 21 / 24
+    assert report["languages"] == json.loads(demand.FORMATS["json"](plain))["languages"]
+
+
+def test_shared_adapters_of_one_stack_have_no_share_in_the_other(tmp_path):
+    options = {"decoder_target_modules": "none", "lora_shared_rank": 1}
+    found = measured(tmp_path, kept_and_shared, **options)
+    assert json.loads(demand.FORMATS["json"](found))["shared"]["decoder"] is None
+
+
+def test_shared_adapters_alone_tell_nothing_of_a_language(tmp_path):
+    content = handmade.make(kept_and_shared, lora_rank="0", lora_shared_rank=1)
+    path = handmade.save(tmp_path, content)
+    for command in (["demand", path], ["suggest", path, "--budget", "1M"]):
+        status, out, err = lslora(*command, check=False)
+        assert (status, out) == (1, "") and "Traceback" not in err
+        assert err.splitlines()[-1] == (
+            f"lslora: error: {path} has shared adapters alone (--lora-rank 0), which tell nothing "
+            "of a language: train with the same --lora-rank for all languages"
+        )
+
+
 def test_the_formats_hold_the_same(tmp_path):
     path = handmade.save(tmp_path, handmade.make(keep, pruning_final_sparsity=0.1))
     _, table, _ = lslora("demand", path)

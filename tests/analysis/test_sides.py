@@ -52,6 +52,10 @@ def test_the_larger_weight_wins_and_the_margin_says_how_clearly(tmp_path):
     }
 
 
+def test_shared_adapters_change_nothing(tmp_path):
+    assert learned(tmp_path, lora_shared_rank=1) == learned(tmp_path)
+
+
 def test_a_tie_goes_to_the_default_of_the_stack(tmp_path):
     layers = learned(tmp_path, logits={("encoder", 1): (2.0, 2.0)})
     assert {(x.stack, x.side, x.margin) for x in layers} == {
@@ -133,8 +137,9 @@ def test_json_and_csv_hold_the_same(tmp_path):
         assert row == {k: "" if v is None else str(v) for k, v in layer.items()}
 
 
-def test_without_weight_learning_the_remedy_is_told(tmp_path):
-    path = handmade.save(tmp_path, handmade.make())
+@pytest.mark.parametrize("options", [{}, {"lora_rank": "0", "lora_shared_rank": 1}])
+def test_without_weight_learning_the_remedy_is_told(tmp_path, options):
+    path = handmade.save(tmp_path, handmade.make(**options))
     status, out, err = lslora("sides", path, check=False)
     assert (status, out) == (1, "")
     assert err.splitlines()[-1] == (

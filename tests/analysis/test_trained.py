@@ -80,6 +80,18 @@ def test_what_a_checkpoint_says_of_itself_is_no_parameter(tmp_path):
     assert trained.read(saved(tmp_path, **record)).base_parameters() == expected == 848
 
 
+def test_shared_adapters_are_checked_and_kept_apart(tmp_path):
+    content = handmade.make(lora_shared_rank=3)
+    found = trained.read(handmade.save(tmp_path, content))
+    keys = ["encoder.layers.0.shared_adapters", "decoder.layers.1.shared_adapters"]
+    assert {*keys} < {*found.shared_adapters()} and not {*keys} & {*found.adapters()}
+    assert found.kept(keys[0]).shape == (3, 48)
+    assert found.base_parameters() == 848
+    del content["model"][f"{keys[1]}.lora_shared"]
+    told = f"{keys[1]}.lora_shared: missing instead of (3, 72)"
+    assert told in refusal(handmade.save(tmp_path, content))
+
+
 def test_a_file_that_is_not_there(tmp_path):
     path = tmp_path / "none.pt"
     assert refusal(path) == f"{path}: no such file: name a checkpoint that fairseq-train wrote"

@@ -92,6 +92,24 @@ def test_the_shape_of_a_model():
     assert found == Shape(sum(base.values()), trained, 4, 2, 16, 32, 38)
 
 
+def test_shared_adapters_are_counted_and_kept_ones_need_no_optimizer():
+    options = {"lora_shared_rank": 3}
+    without, trained, kept = (
+        shape(toy.build(**more)) for more in ({}, options, {**options, "lora_freeze_shared": True})
+    )
+    shared = trained.adapter_entries - without.adapter_entries
+    assert shared == kept.kept_entries > 0 == trained.kept_entries
+    assert kept.adapter_entries == without.adapter_entries
+    assert kept.base_parameters == trained.base_parameters == without.base_parameters
+    more = {
+        name: size - estimate(without, "fp32", 10)[name]
+        for name, size in estimate(kept, "fp32", 10).items()
+    }
+    assert more == dict.fromkeys(more, 0) | {"adapters": 5 * shared}
+    assert checkpoint_size(kept, "fp32") - checkpoint_size(without, "fp32") == 5 * shared
+    assert loading_peak(kept, 7) == loading_peak(trained, 7)
+
+
 def test_activations_are_what_the_backward_pass_keeps():
     """Storages that autograd keeps in fp32, without parameters and the output distribution."""
     sizes = dict(encoder_embed_dim=128, encoder_ffn_embed_dim=512, dropout=0.1)

@@ -13,7 +13,7 @@ from optim.updates import same
 SCHEDULES = {
     "epoch": [],
     "update": ["--pruning-unit", "update", "--pruning-begin", "2", "--pruning-duration", "15"],
-    "weight learning": ["--lora-weight-learning"],
+    "weight learning, and shared": ["--lora-weight-learning", "--lora-shared-rank", "2"],
 }
 
 

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+import toy
 from fairseq import checkpoint_utils
 from fairseq.dataclass.configs import GenerationConfig
 from fairseq.sequence_generator import SequenceGenerator
@@ -156,3 +157,18 @@ def test_the_beams_of_attention_are_as_before(loaded):
     ours(models[:1], dictionary, batch)
     found = generator.generate(models[:1], batch)
     assert [h[0]["tokens"].tolist()[:-1] for h in found] == [h[0][1] for h in before]
+
+
+@pytest.mark.parametrize("with_ids", [True, False])
+def test_adapters_that_all_share_and_sentences_that_end_apart(with_ids):
+    """Sentences drop out on the way, and nothing need tell their languages."""
+    model = toy.set_adapters(toy.build(lora_rank="0", lora_shared_rank=3), scale=0.3, seed=4).eval()
+    model.encoder.embed_tokens.weight.data[2] *= 3  # </s> likelier for some, less for others
+    net_input = toy.batch([(0, 1), (3, 2), (1, 0), (2, 2)] * 2)
+    if not with_ids:
+        net_input = {k: v for k, v in net_input.items() if "lang_ids" not in k}
+    batch = {"net_input": net_input, "id": range(8)}
+    here = ours([model], toy.dictionary(), batch)
+    given = {k: v for k, v in net_input.items() if k != "prev_output_tokens"}
+    same(here, theirs([model], toy.dictionary(), {**batch, "net_input": given}))
+    assert len({len(found[0].tokens) for found in here}) > 1

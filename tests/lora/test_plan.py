@@ -174,6 +174,8 @@ def test_a_rank_out_of_range_names_language_limit_and_linear(ranks, code):
         f"--lora-rank: rank {rank} of {code} must lie between 1 and 16, the smaller side of "
         "decoder.layers.1.self_attn.q_proj"
     )
+    if 0 in ranks:
+        message += "; 0 for every language is plain LoRA, and needs --lora-shared-rank"
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         check_ranks(ranks, ("de", "en"), SITES, "--lora-rank")
 

@@ -4,8 +4,7 @@ import itertools
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from toy import adapters, batch, build, set_adapters
+from toy import Work, adapters, batch, build, set_adapters
 from updates import ALL, SIDES, optimizer_for, same, snapshot, update
 
 from lslora_fairseq.lora.adapters import Adapter
@@ -60,21 +59,6 @@ def test_every_language_steps_as_if_it_were_alone():
     for a, b in zip(together.adapted_linears(), alone.adapted_linears()):
         language = 2 if a.site.side == "source" else 3
         assert same(a.factors(language), b.factors(language))
-
-
-class Work(TorchDispatchMode):
-    """Records every operation and the sizes of what it gives."""
-
-    def __init__(self):
-        super().__init__()
-        self.done = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        given = function(*args, **(kwargs or {}))
-        tensors = given if isinstance(given, (tuple, list)) else [given]
-        sizes = [tuple(t.shape) for t in tensors if torch.is_tensor(t)]
-        self.done.append((str(function), sizes))
-        return given
 
 
 def test_languages_absent_from_the_batch_take_no_part():

@@ -24,23 +24,25 @@ def train(model, optimizer, epochs):
 
 
 @pytest.mark.parametrize(
-    "inner, more",
+    "inner, more, options",
     [
-        *((inner, {}) for inner in INNER_OPTIMIZERS),
-        ("sgd", {"momentum": 0.9}),
-        ("adafactor", {"scale_parameter": True, "beta1": 0.9}),
+        *((inner, {}, {}) for inner in INNER_OPTIMIZERS),
+        ("sgd", {"momentum": 0.9}, {}),
+        ("adafactor", {"scale_parameter": True, "beta1": 0.9}, {}),
+        ("adam", {"pruning_scope": "layer"}, {"lora_shared_rank": 3}),
+        ("adam", {}, {"lora_rank": "0", "lora_shared_rank": 3}),
     ],
 )
-def test_resume_is_exact_in_the_middle_of_the_schedule(inner, more):
+def test_resume_is_exact_in_the_middle_of_the_schedule(inner, more, options):
     """Under a changing learning rate, languages coming and going."""
     more = {**more, "weight_decay": 0.1}
-    whole = set_adapters(build())
+    whole = set_adapters(build(**options))
     whole_optimizer = optimizer_for(whole, inner, **more)
     train(whole, whole_optimizer, range(1, 7))
-    first = set_adapters(build())
+    first = set_adapters(build(**options))
     first_optimizer = optimizer_for(first, inner, **more)
     train(first, first_optimizer, range(1, 3))
-    second = build(seed=5)
+    second = build(seed=5, **options)
     second.load_state_dict(first.state_dict())
     second_optimizer = optimizer_for(second, inner, **more)
     second_optimizer.load_state_dict(copy.deepcopy(first_optimizer.state_dict()))

@@ -5,8 +5,7 @@ import logging
 
 import pytest
 import torch
-from test_absent_languages import Work
-from toy import CODES, adapters, batch, build, set_adapters
+from toy import CODES, Work, adapters, batch, build, set_adapters
 from updates import ALL, SIDES, optimizer_for, update
 
 from lslora_fairseq.lora.adapters import Adapter

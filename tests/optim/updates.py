@@ -50,8 +50,8 @@ def snapshot(model, optimizer, language, side):
     weights = [
         factor.clone()
         for linear in model.adapted_linears()
-        if linear.site.side == side
-        for factor in linear.factors(language)
+        if side in linear.adapters
+        for factor in linear.factors(language, side)
     ]
     inner = wrapped(optimizer).optimizer
     owned = []

@@ -108,6 +108,19 @@ def test_adapters_are_counted_by_tier(scores):
     assert found["high"]["sparsity"] == ["1.000"] and found["low"]["sparsity"] == ["0.000"]
 
 
+def test_shared_adapters_count_where_all_are_counted():
+    model, plain = build(lora_shared_rank=3), build()
+    for codes in (["de"], ["fr", "ja"]):
+        assert quickstart_report.count_adapters(model, codes) == quickstart_report.count_adapters(
+            plain, codes
+        )
+    parameters, entries, _ = quickstart_report.count_adapters(model, model.languages.codes)
+    assert parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert entries > quickstart_report.count_adapters(plain, plain.languages.codes)[1]
+    frozen = build(lora_shared_rank=3, lora_freeze_shared=True)
+    assert quickstart_report.count_frozen(frozen) == quickstart_report.count_frozen(plain)
+
+
 def test_the_report(decoded, monkeypatch):
     monkeypatch.setattr(quickstart_report, "load_model", lambda _: set_adapters(build()))
     choice = decoded.parent / "choice.txt"

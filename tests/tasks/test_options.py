@@ -74,6 +74,8 @@ def test_options_that_say_the_same_are_accepted(data, tmp_path):
         (["--lora-weight-learning"], "--lora-weight-learning True differs from False of {path}"),
         (["--encoder-index-side", "source"], "--encoder-index-side source differs from source*1,"),
         (["--decoder-target-modules", "fc1"], "--decoder-target-modules fc1 differs from fc1,fc2"),
+        (["--lora-shared-rank", "2"], "--lora-shared-rank 2 differs from 0 of {path}, which this"),
+        (["--lora-freeze-shared"], "--lora-freeze-shared True differs from False of {path}"),
     ],
 )
 def test_a_resumed_run_refuses_other_adapters(data, tmp_path, more, message):
@@ -81,6 +83,30 @@ def test_a_resumed_run_refuses_other_adapters(data, tmp_path, more, message):
     before = Path(path).read_bytes()
     refused(build, resuming(data, tmp_path, *more), message.format(path=path))
     assert Path(path).read_bytes() == before
+
+
+@pytest.mark.parametrize("was_frozen, given", [(True, []), (False, ["--lora-freeze-shared"])])
+def test_a_further_stage_decides_itself_whether_shared_adapters_are_trained(
+    data, tmp_path, was_frozen, given
+):
+    trained = {"lora_shared_rank": 3, "lora_shared_alpha": 6.0, "lora_freeze_shared": was_frozen}
+    path = checkpoint(tmp_path / "first.pt", **trained)
+    _, model = build(resuming(data, tmp_path / "x", "--finetune-from-model", path, *given))
+    assert (model.plan.shared_rank, model.plan.shared_alpha) == (3, 6.0)
+    assert model.plan.freeze_shared == bool(given)
+    message = f"--lora-shared-rank 4 differs from 3 of {path}, which this run starts from: leave"
+    more = ["--finetune-from-model", path, "--lora-shared-rank", "4"]
+    refused(build, resuming(data, tmp_path / "x", *more), message)
+    checkpoint(tmp_path / "checkpoint_last.pt", **trained)  # and a run that goes on does not
+    if was_frozen:
+        assert build(resuming(data, tmp_path))[1].plan.freeze_shared
+
+
+def test_what_a_stock_base_lacks_cannot_be_kept(data, tmp_path):
+    path = checkpoint(tmp_path / "base.pt", lora_tiers=None)
+    words = training(data, "--lora-shared-rank", "2", "--lora-freeze-shared")
+    message = f"--lora-freeze-shared keeps shared adapters, and {path} has none: leave it out"
+    refused(build, [*words, "--finetune-from-model", path], message)
 
 
 @pytest.mark.parametrize("langs", ["ja,fr,en,de", "de,en,fr,ja,ko"])

@@ -58,6 +58,14 @@ def test_a_language_needs_an_adapter_on_the_sides_that_index_a_layer(data):
     assert task.languages.codes == ("de", "en", "fr")
 
 
+def test_shared_adapters_alone_need_no_language_and_no_token(data):
+    words = with_option(training(data), "--lora-rank", "0")
+    words = without(without(words, "--encoder-langtok"), "--decoder-langtok", 0)
+    words = with_option([*words, "--lora-shared-rank", "2"], "--lora-tiers", "high=en,de")
+    _, model = build(words)
+    assert not model.plan.sites and model.plan.shared_sites
+
+
 @pytest.mark.parametrize(
     "more, message",
     [

@@ -1,0 +1,89 @@
+"""Adapters that all languages share, through the console: kept in a further stage, and alone."""
+
+import re
+
+import pytest
+import torch
+from console import adapters_in, finetune_args, generate_args, lslora, run, with_option, without
+from test_starts import average, model_of
+
+SHARED = ["--lora-shared-rank", "3", "--lora-shared-alpha", "6", "--lr", "0.02"]
+
+
+@pytest.fixture(scope="module")
+def first(corpus, tmp_path_factory):
+    """Folder of a run of three epochs with a checkpoint of each, pruned to a half."""
+    save_dir = tmp_path_factory.mktemp("first")
+    args = without(finetune_args(corpus, save_dir, *SHARED), "--no-epoch-checkpoints", 0)
+    _, out, _ = run(
+        "fairseq-train", *args, "--disable-validation", "--pruning-final-sparsity", "0.5",
+        "--pruning-begin", "0",
+    )  # fmt: skip
+    assert re.search(r"^for all +4  shared +all ", out, re.M)
+    return save_dir
+
+
+def texts_of(corpus, path, folder):
+    """What fairseq-generate makes of English in French; lslora evaluate makes the same."""
+    decoding = ["--beam", "3", "--max-len-b", "30"]
+    args = generate_args(corpus, path, "en", "fr", "--required-batch-size-multiple", "1")
+    _, out, _ = run("fairseq-generate", *args, "--remove-bpe", "sentencepiece", *decoding)
+    found = dict(re.findall(r"^D-(\d+)\t\S+\t(.*)$", out, re.M))
+    texts = [found[str(number)] for number in range(8)]
+    lslora(
+        "evaluate", corpus.data, "--path", path, "--cpu", "--out", folder, "--pairs",
+        "en-fr,ja-en", "--bleu-tokenizer", "13a", "--max-len-a", "0", *decoding,
+    )  # fmt: skip
+    assert (folder / "en-fr.hyp").read_text("utf-8").split("\n")[:-1] == texts
+    return texts
+
+
+def test_frozen_they_keep_every_bit_in_a_further_stage(corpus, first, tmp_path):
+    """And their masks, while the languages are pruned on; those absent lose nothing else."""
+    args = without(without(finetune_args(corpus, tmp_path), "--lora-tiers"), "--lora-rank")
+    args = with_option(args, "--finetune-from-model", first / "checkpoint_last.pt")
+    args = with_option(args, "--lang-pairs", "en-de")
+    more = ["--lora-freeze-shared", "--weight-decay", "0.1", "--pruning-scope", "layer"]
+    _, out, _ = run("fairseq-train", *args, "--disable-validation", *more)
+    assert re.search(r"^kept +4  shared +all +0 ", out, re.M)
+    assert "are this run's; the shared adapters stay as they are; of the others, " in out
+    before, after = adapters_in(model_of(first)), adapters_in(model_of(tmp_path))
+    moved, pruned = set(), 0
+    for (layer, owner), (A, B, _, mask) in before.items():
+        here = after[layer, owner]
+        if owner == "shared":
+            assert torch.equal(mask, here[3])
+            pruned += int((~mask).sum())
+        else:
+            assert here[3].sum() < mask.sum()
+        if not torch.equal(A, here[0]) or not torch.equal(B * here[3], here[1]):
+            moved.add((layer.rpartition(".")[2], owner))
+    assert moved == {("source_adapters", "en"), ("target_adapters", "de")} and pruned
+    options = torch.load(tmp_path / "checkpoint_last.pt")["cfg"]["model"]
+    assert (options.lora_shared_rank, options.lora_shared_alpha) == (3, 6.0)
+    told = "4 languages, 31 linears, shared adapters of rank 3, kept as they are"
+    start = ["--checkpoint", first / "checkpoint_last.pt"]
+    assert told in lslora("doctor", *start, "--lora-freeze-shared")[1]
+    _, demand, _ = lslora("demand", tmp_path / "checkpoint_last.pt")
+    assert re.search(r"^\(shared\) +\d+\.\d% +\d+\.\d% +50\.0%$", demand, re.M)
+
+
+def test_merged_they_give_the_text_of_the_average_unmerged(corpus, first, tmp_path):
+    """fairseq-generate merges its direction; evaluate decodes two in one batch."""
+    path = tmp_path / "averaged.pt"
+    average([first / f"checkpoint{number}.pt" for number in (2, 3)], path)
+    assert len({*texts_of(corpus, path, tmp_path / "out")}) > 4
+
+
+def test_alone_they_are_trained_without_language_tokens_and_decode(corpus, tmp_path):
+    """Languages without a tier among them."""
+    args = with_option(finetune_args(corpus, tmp_path, *SHARED), "--lora-rank", "0")
+    args = with_option(args, "--lora-tiers", "all=en,de")
+    args = without(without(args, "--encoder-langtok"), "--decoder-langtok", 0)
+    _, out, _ = run("fairseq-train", *args)
+    assert "adapters shared by 2 languages" in out and "| valid on 'valid' subset |" in out
+    model = model_of(tmp_path)
+    assert {owner for _, owner in adapters_in(model)} == {"shared"}
+    assert all(B.any() for _, B, _, _ in adapters_in(model).values())
+    path = tmp_path / "checkpoint_last.pt"
+    assert texts_of(corpus, path, tmp_path / "out")
