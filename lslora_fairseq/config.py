@@ -71,6 +71,11 @@ class LSLoConfig(Options):
     lora_shared_alpha: Optional[float] = _option(
         None, "alpha of the shared adapters (default: their rank, no scaling)"
     )
+    lora_embedding_rank: int = _option(
+        0,
+        "rank of an adapter of the token embeddings, which all languages share; it acts wherever "
+        "they do: encoder, decoder and output projection (default: 0, none)",
+    )
     lora_freeze_shared: bool = _option(
         False,
         "keep the shared adapters as the checkpoint that training starts from has them: what a "
@@ -191,7 +196,9 @@ class AdapterPlan:
         weight_learning: whether each layer learns how much of either side it wants
         shared_sites: every linear with an adapter that all languages share
         shared_rank, shared_alpha: of these
-        freeze_shared: whether these stay as they are
+        freeze_shared: whether these, and that of the embeddings, stay as they are
+        embedding_site: the output projection, if it and the embeddings have an adapter
+        embedding_rank: of that
     """
 
     languages: Languages
@@ -204,6 +211,8 @@ class AdapterPlan:
     shared_rank: int = 0
     shared_alpha: float = 0
     freeze_shared: bool = False
+    embedding_site: Optional[plan.Site] = None
+    embedding_rank: int = 0
 
     @property
     def all_sites(self):
@@ -232,6 +241,10 @@ class AdapterPlan:
             rows += [("for all", "", plan.SHARED, *item) for item in count.items()]
             name = "kept" if self.freeze_shared else "for all"
             rows.append((name, len(languages), plan.SHARED, "all", sum(count.values())))
+        if self.embedding_site:
+            count = 0 if self.freeze_shared else self.embedding_site.entries(self.embedding_rank)
+            name = "kept" if self.freeze_shared else "for all"
+            rows.append((name, len(languages), plan.SHARED, "embeddings", count))
         total = sum(row[-1] for row in rows if row[1])
         if self.weight_learning:  # w of either side in every layer
             layers = {(site.stack, site.layer) for site in self.sites}
@@ -251,7 +264,8 @@ def resolve(config, layers, dims):
     Args:
         config: an :class:`LSLoConfig`
         layers: stack -> number of layers
-        dims: stack -> module name -> (in_features, out_features)
+        dims: stack -> module name -> (in_features, out_features); under ``embeddings`` (d, words)
+            if these are one matrix
 
     Returns:
         :class:`AdapterPlan`; *config* is normalised in place to a form that needs no other file.
@@ -302,7 +316,10 @@ def resolve(config, layers, dims):
             "--lora-shared-alpha scales the shared adapters, and there are none: add "
             "--lora-shared-rank, or leave it out"
         )
-    if config.lora_freeze_shared and not shared_rank:
+    embedding_rank, embedding_site = config.lora_embedding_rank, None
+    if embedding_rank:
+        embedding_site = _embedding_site(embedding_rank, dims.get("embeddings"))
+    if config.lora_freeze_shared and not shared_rank and not embedding_rank:
         raise ConfigError(
             "--lora-freeze-shared keeps shared adapters, and there are none: leave it out"
         )
@@ -323,7 +340,28 @@ def resolve(config, layers, dims):
         shared_rank,
         shared_alpha or 0,
         config.lora_freeze_shared,
+        embedding_site,
+        embedding_rank,
     )
+
+
+def _embedding_site(rank, dims):
+    """The site of the embeddings' adapter.
+
+    Args:
+        dims: (d, words), or None where encoder, decoder and output projection do not share one
+            matrix
+    """
+    option = "--lora-embedding-rank"
+    if dims is None:
+        raise ConfigError(
+            f"{option} adapts embeddings that are one matrix in encoder, decoder and output "
+            "projection, and here they are several: leave it out (M2M-100 and NLLB have one, "
+            "--share-all-embeddings)"
+        )
+    site = plan.Site("decoder", None, "output_projection", plan.SHARED, *dims)
+    plan.check_ranks([rank], ["the embeddings"], [site], option)
+    return site
 
 
 def _check_plain(config):

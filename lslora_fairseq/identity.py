@@ -140,6 +140,8 @@ def describe(plan):
     any, and for each site its module path, side, in- and out-features."""
     codes = plan.languages.codes
     shared = {"shared": [plan.shared_rank, plan.shared_alpha]} if plan.shared_rank else {}
+    if plan.embedding_rank:  # how many words there are is the dictionary's affair
+        shared["embeddings"] = plan.embedding_rank
     return {
         **shared,
         "tiers": {code: plan.languages.tier(code) for code in codes},

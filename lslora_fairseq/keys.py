@@ -13,7 +13,8 @@ EMBEDDINGS = (
 )
 
 
-ADAPTERS = [[f"{side}_adapters"] for side in (*SIDES, SHARED)] + [["side_weights"]]
+ADAPTERS = [[f"{side}_adapters"] for side in (*SIDES, SHARED, "embedding")]
+ADAPTERS += [["side_weights"]]
 RECORD = "lslora_record"  # what a checkpoint of this package is: see identity.py
 
 

@@ -33,6 +33,7 @@ def test_fields_and_defaults():
         "lora_alpha": None,
         "lora_shared_rank": 0,
         "lora_shared_alpha": None,
+        "lora_embedding_rank": 0,
         "lora_freeze_shared": False,
         "lora_dropout": 0.0,
         "encoder_target_modules": "self_attn.q_proj,self_attn.k_proj,self_attn.v_proj,fc1,fc2",

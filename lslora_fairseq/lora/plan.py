@@ -22,7 +22,7 @@ class Site:
 
     Attributes:
         name: module path in the model, such as ``encoder.layers.0.fc1``
-        stack, layer, module: the parts of that path
+        stack, layer, module: the parts of that path; no layer for the output projection
         side: which of a sentence's languages indexes it, ``source`` or ``target``; ``shared`` for
             the adapter of all languages
         in_features, out_features: the part of the linear that the adapters see; smaller than the
@@ -38,7 +38,8 @@ class Site:
 
     @property
     def name(self):
-        return f"{self.stack}.layers.{self.layer}.{self.module}"
+        where = "" if self.layer is None else f"layers.{self.layer}."
+        return f"{self.stack}.{where}{self.module}"
 
     def entries(self, rank):
         """Trainable entries of one language's adapter of this rank."""

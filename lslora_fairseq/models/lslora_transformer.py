@@ -7,13 +7,15 @@ import torch
 from fairseq.models import register_model
 from fairseq.models.transformer import TransformerConfig, TransformerModel
 from fairseq.tasks import FairseqTask
+from torch import nn
 
 from lslora_fairseq.checkpoints import being_loaded, read_args
 from lslora_fairseq.config import LORA_FIELDS, LSLoConfig, resolve
 from lslora_fairseq.errors import ConfigError, listed, one_line_errors
 from lslora_fairseq.identity import Identity, describe
 from lslora_fairseq.keys import EMBEDDINGS, RECORD, is_adapter_key, rename_masks
-from lslora_fairseq.lora.adapters import LayerAdapters, SideWeights
+from lslora_fairseq.lora.adapters import PRUNED, LayerAdapters, SideWeights
+from lslora_fairseq.lora.embedding import AdaptedEmbedding, AdaptedProjection, merge_embeddings
 from lslora_fairseq.lora.linear import LSLoLinear
 from lslora_fairseq.lora.merge import merged
 from lslora_fairseq.lora.plan import MODULES, SHARED, SIDES
@@ -80,6 +82,9 @@ class LSLoTransformerModel(TransformerModel):
             for stack in stacks
         }
         layers = {stack: len(stacks[stack].layers) for stack in stacks}
+        words = self._shared_embeddings()
+        if words is not None:
+            dims["embeddings"] = words.size(1), words.size(0)
         self.plan = resolve(config, layers, dims)
         for name in LORA_FIELDS:
             setattr(args, name, getattr(config, name))
@@ -100,12 +105,33 @@ class LSLoTransformerModel(TransformerModel):
             stack.attach(self._layouts, sites)
             for number, layer in enumerate(stack.layers):
                 self._adapt(layer, [site for site in sites if site.layer == number])
+        if self.plan.embedding_site:
+            self._adapt_embeddings(words)
         logger.info(
             "adapters %s %d languages\n%s",
             "of" if self.plan.sites else "shared by",
             len(self.languages),
             self.plan.table(base_parameters),
         )
+
+    def _shared_embeddings(self):
+        """The weight (words, d) of the embeddings, if all parts of the model share it."""
+        weight = self.encoder.embed_tokens.weight
+        projection = getattr(self.decoder, "output_projection", None)
+        same = self.decoder.embed_tokens.weight is weight and type(projection) is nn.Linear
+        return weight if same and projection.weight is weight else None
+
+    def _adapt_embeddings(self, weight):
+        """Gives the embeddings and the output projection their adapter."""
+        plan = self.plan
+        self.embedding_adapters = LayerAdapters(
+            [plan.embedding_site], [SHARED], [plan.embedding_rank], weight
+        )
+        self.embedding_adapters.requires_grad_(not plan.freeze_shared)
+        for stack in (self.encoder, self.decoder):
+            if type(stack.embed_tokens) is nn.Embedding:  # a module of both may be adapted already
+                AdaptedEmbedding.adapt(stack.embed_tokens, self.embedding_adapters)
+        AdaptedProjection.adapt(self.decoder.output_projection, self.embedding_adapters)
 
     def identify(self, args, langs):
         """Records what the model is, for every checkpoint of it.
@@ -146,6 +172,7 @@ class LSLoTransformerModel(TransformerModel):
     def prepare_for_inference_(self, cfg):
         """As fairseq's; adapters are merged where the direction to decode is known."""
         super().prepare_for_inference_(cfg)
+        self.merge_embeddings()
         direction = {
             side: self.languages.index(code)
             for side in SIDES
@@ -154,6 +181,21 @@ class LSLoTransformerModel(TransformerModel):
         }
         if all(side in direction for side in SIDES if self.plan.needs(side)):
             self.merge(*map(direction.get, SIDES))
+
+    def merge_embeddings(self):
+        """Folds the adapter of the embeddings into them, if there is one left; it is the same for
+        all languages."""
+        if not hasattr(self, "embedding_adapters"):
+            return
+        merge_embeddings(self.decoder.output_projection)
+        for module in (
+            self.encoder.embed_tokens,
+            self.decoder.embed_tokens,
+            self.decoder.output_projection,
+        ):
+            if hasattr(module, "adapters"):
+                module.restore()
+        del self.embedding_adapters
 
     def merge(self, source, target):
         """Folds the adapters of one direction into the weights, for decoding at the base model's
@@ -182,6 +224,7 @@ class LSLoTransformerModel(TransformerModel):
                     f"{side} language {language}: the model has adapters of languages 0 to "
                     f"{len(self.languages) - 1}"
                 )
+        self.merge_embeddings()
         for linear in self.adapted_linears():
             parent_name, _, name = linear.site.name.rpartition(".")
             setattr(self.get_submodule(parent_name), name, merged(linear, {**direction, SHARED: 0}))
@@ -305,6 +348,22 @@ class LSLoTransformerModel(TransformerModel):
                 state_dict[key] = take_rows(own[key], found, matched)
                 if stack == "encoder":
                     _warn_of_new_rows(matched, dictionary.symbols)
+                    self._match_words(own, state_dict, matched)
+
+    def _match_words(self, own, state_dict, matched):
+        """Brings the columns of the embeddings' adapter, which belong to words, into our order."""
+        site = self.plan.embedding_site
+        for name in (f"lora_{SHARED}", PRUNED) if site else ():
+            key = f"embedding_adapters.{name}"
+            if key in state_dict:
+                parts = [
+                    w[key].split_with_sizes(
+                        [site.in_features, w[key].size(1) - site.in_features], 1
+                    )
+                    for w in (own, state_dict)
+                ]
+                (_, ours), (A, theirs) = parts
+                state_dict[key] = torch.cat([A, take_rows(ours.t(), theirs.t(), matched).t()], 1)
 
 
 def _warn_of_new_rows(matched, symbols):

@@ -89,12 +89,11 @@ class Pruner:
             for piece in pieces:
                 site = piece.adapter.layer.sites[0]
                 where = key[1] if self.scope == "language" else (site.stack, site.layer)
-                is_shared = site.side == SHARED  # competes with no language
+                if site.side == SHARED:  # competes with no language, nor words with linears
+                    where = where, SHARED, site.layer is None
                 for factor in self.target:
                     part = piece.part(factor)
-                    groups[factor, where, is_shared].append(
-                        (piece.master[:, part], piece.mask[:, part])
-                    )
+                    groups[factor, where].append((piece.master[:, part], piece.mask[:, part]))
         return groups
 
     def _find_untouched(self, keys):

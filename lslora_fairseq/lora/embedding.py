@@ -1,0 +1,72 @@
+"""An adapter of the token embeddings, which all languages share.
+
+The embeddings E (words, d) are looked up in encoder and decoder and are the output projection, too;
+in all three places they become E + Bᵀ A, with A (r, d) and B (r, words). As in every adapter B is
+zero at first.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class _Adapted:
+    """Embeddings or output projection of a model that owns their adapter."""
+
+    @classmethod
+    def adapt(cls, module, adapters):
+        """Turns a plain module into this one; its parameters and their names stay.
+
+        Args:
+            adapters: :class:`~lslora_fairseq.lora.adapters.LayerAdapters` of one site and one
+                owner, from d features to words
+        """
+        module.__class__ = cls
+        module.__dict__["adapters"] = adapters  # the model owns them, as a submodule
+
+    def restore(self):
+        """Turns it back into the plain module."""
+        self.__class__ = self.plain
+        del self.adapters
+
+    def factors(self):
+        """A (r, d) and B (r, words), without what is pruned."""
+        weight = self.adapters.weight(0)
+        if self.adapters.is_pruned:
+            weight = weight.masked_fill(~self.adapters.mask, 0)
+        ((a, b),) = self.adapters.columns.values()
+        return weight[:, a], weight[:, b]
+
+
+class AdaptedEmbedding(_Adapted, nn.Embedding):
+    """Token embeddings with an adapter: (…) indices -> (…, d)."""
+
+    plain = nn.Embedding
+
+    def forward(self, tokens):
+        A, B = self.factors()
+        return super().forward(tokens) + F.embedding(tokens, B.t(), self.padding_idx) @ A
+
+
+class AdaptedProjection(_Adapted, nn.Linear):
+    """An output projection that shares weight and adapter with the embeddings: (…, d) -> (…,
+    words)."""
+
+    plain = nn.Linear
+
+    def forward(self, x):
+        A, B = self.factors()
+        h = F.linear(x, A)
+        out = super().forward(x)
+        if out.dtype != B.dtype:  # autocast
+            B = B.to(out.dtype)
+        out.flatten(0, -2).addmm_(h.flatten(0, -2), B)
+        return out
+
+
+@torch.no_grad()
+def merge_embeddings(adapted):
+    """Adds the adapter to the weight (words, d) of embeddings or projection, in place, summed in
+    fp32."""
+    A, B = (factor.float() for factor in adapted.factors())
+    adapted.weight.copy_(adapted.weight.float() + B.t() @ A)
