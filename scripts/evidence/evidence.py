@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
 """Fine-tunes, decodes and scores the systems of examples/evidence.
 
-Systems run side by side, one on each core. Of each, the learning rate, the epoch and the length
-penalty are chosen on the validation set, with the first seed; then the test set is decoded. What is
-done is not done again. WORK is the folder in which run.sh has prepared the corpora and the base.
+Systems run side by side, one on each core. Of each, the learning rate is chosen on the validation
+set after half of the epochs, then its epoch and the length penalty, all with the first seed; then
+the test set is decoded once. What is done is not done again. WORK is the folder in which run.sh has
+prepared the corpora and the base.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +39,8 @@ class Evidence:
     """
 
     def __init__(self, work, base, seeds):
-        self.jobs, self.work, self.base, self.seeds = Jobs(work), Path(work), base, seeds
+        self.work, self.base, self.seeds = Path(work), base, seeds
+        self.jobs = Jobs(work, sorted(os.sched_getaffinity(0))[: cores()])
 
     def place(self, corpus, name):
         """The folder of a system, within the work folder."""
@@ -48,25 +51,28 @@ class Evidence:
         system, place, first = SYSTEMS[name], self.place(corpus, name), self.seeds[0]
         if system.is_learned:
             system = replace(system, options=system.options + self.learned(corpus, place))
-        losses = {rate: self.train(place, corpus, system, rate, first) for rate in system.rates}
-        rate = min(losses, key=lambda rate: min(losses[rate]))
-        for seed in self.seeds[1:]:
-            self.train(place, corpus, system, rate, seed)
-        runs = {seed: self.run(place, rate, seed) for seed in self.seeds}
-        penalty, valid = self.length_penalty(place, corpus, f"{runs[first]}/{finetune.BEST}")
-        for seed, run in runs.items():
-            checkpoint = f"{run}/{finetune.BEST}"
+        epochs = EPOCHS[corpus]
+        tried = {
+            rate: self.train(f"{place}/tried", corpus, system, rate, first, epochs // 2)
+            for rate in system.rates
+        }
+        rate = min(tried, key=lambda rate: min(tried[rate]))
+        losses = {
+            seed: self.train(place, corpus, system, rate, seed, epochs) for seed in self.seeds
+        }
+        best = {seed: f"{self.run(place, rate, seed)}/{finetune.BEST}" for seed in self.seeds}
+        penalty, valid = self.length_penalty(place, corpus, best[first])
+        for seed, checkpoint in best.items():
             self.decode(f"{place}/test/{seed}", corpus, "test", checkpoint, penalty)
-        self.decode(
-            f"{place}/forgetting", "base", "test", f"{runs[first]}/{finetune.BEST}", penalty
-        )
+        self.decode(f"{place}/forgetting", "base", "test", best[first], penalty)
         self.write(place, {
             "options": system.options,
+            "tried": tried,
             "rate": rate,
+            "losses": losses,
             "penalty": penalty,
             "valid_bleu": valid,
-            "losses": losses,
-            "runs": {seed: self.facts(run) for seed, run in runs.items()},
+            "runs": {seed: self.facts(self.run(place, rate, seed)) for seed in self.seeds},
         })  # fmt: skip
 
     def base_alone(self, corpus):
@@ -80,7 +86,7 @@ class Evidence:
     def run(self, place, rate, seed):
         return f"{place}/lr_{rate:g}.seed_{seed}"
 
-    def train(self, place, corpus, system, rate, seed):
+    def train(self, place, corpus, system, rate, seed, epochs):
         """Trains once.
 
         Returns:
@@ -136,7 +142,7 @@ class Evidence:
         ):
             (rate,) = system.rates
             system = replace(system, options=system.options + words)
-            self.train(f"{place}/{name}", corpus, system, rate, first)
+            self.train(f"{place}/{name}", corpus, system, rate, first, EPOCHS[corpus])
             run = self.run(f"{place}/{name}", rate, first)
             command = ["lslora", ask[0], self.work / run / finetune.LAST, *ask[1:]]
             told = subprocess.run([*command, "--format", "flags"], capture_output=True, text=True)
