@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+from argparse import Namespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +15,8 @@ from test_lslora_transformer import beam_search, generation, without_targets
 from torch import nn
 from toy import CODES, Work, adapters, batch, build, dictionary, rows, set_adapters, stock
 
-from lslora_fairseq.errors import UserError
+from lslora_fairseq.doctor.model import check_fit
+from lslora_fairseq.errors import ConfigError, UserError
 from lslora_fairseq.keys import RECORD
 from lslora_fairseq.lora.adapters import Adapter, LayerAdapters
 from lslora_fairseq.lora.embedding import AdaptedEmbedding, AdaptedProjection
@@ -274,6 +277,19 @@ def test_columns_follow_their_words(langs, seed):
     before = {key: value.clone() for key, value in other.state_dict().items()}
     other.load_state_dict(copy.deepcopy(other.state_dict()))  # what it holds is in its own order
     assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
+
+
+@pytest.mark.parametrize("words, rank, fits", [(40, 3, True), (40, 2, False)])
+def test_the_doctor_takes_a_checkpoint_of_other_words(words, rank, fits):
+    """Which columns it has is matched by token; their number here says nothing."""
+    options = {**toy.OPTIONS, "lora_embedding_rank": rank}
+    made = LSLoTransformerModel.build_model(Namespace(**options), toy.task(words))
+    checkpoint = SimpleNamespace(weights=made.state_dict())
+    if fits:
+        check_fit(build(**RANK), checkpoint)
+    else:
+        with pytest.raises(ConfigError, match="embedding_adapters.lora_shared: .2, 64. in the"):
+            check_fit(build(**RANK), checkpoint)
 
 
 def test_a_base_model_leaves_it_fresh():
