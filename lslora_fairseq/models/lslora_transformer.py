@@ -171,7 +171,8 @@ class LSLoTransformerModel(TransformerModel):
         return self.plan.languages
 
     def prepare_for_inference_(self, cfg):
-        """As fairseq's; adapters are merged where the direction to decode is known."""
+        """As fairseq's; adapters are merged where the direction to decode is known, that of the
+        embeddings always."""
         super().prepare_for_inference_(cfg)
         self.merge_embeddings()
         direction = {
