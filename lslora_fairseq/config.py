@@ -323,7 +323,7 @@ def resolve(config, layers, dims):
         raise ConfigError(
             "--lora-freeze-shared keeps shared adapters, and there are none: leave it out"
         )
-    if shared_rank and not any(ranks):
+    if (shared_rank or embedding_rank) and not any(ranks):
         _check_plain(config)
         sites, alphas = (), ranks
     else:

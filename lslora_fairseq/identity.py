@@ -122,6 +122,14 @@ class Identity:
                 f"model {ours}: leave out --lora-shared-rank and --lora-shared-alpha, or give the "
                 "checkpoint's"
             )
+        if there.get("embeddings") != here.get("embeddings"):
+            found, ours = (
+                f"rank {a['embeddings']}" if a.get("embeddings") else "none" for a in (there, here)
+            )
+            raise ConfigError(
+                f"{self.path} does not fit this model: of the embeddings' adapter it has {found}, "
+                f"this model {ours}: leave out --lora-embedding-rank, or give the checkpoint's"
+            )
         odd = [s for s in there["sites"] if s not in here["sites"]]
         odd += [s for s in here["sites"] if s not in there["sites"]]
         if odd:
@@ -136,8 +144,8 @@ class Identity:
 
 def describe(plan):
     """What defines the adapters of an :class:`~lslora_fairseq.config.AdapterPlan`, in plain
-    values: tiers, ranks and alphas by language, rank and alpha of the shared ones if there are
-    any, and for each site its module path, side, in- and out-features."""
+    values: tiers, ranks and alphas by language, rank and alpha of the shared ones and rank of the
+    embeddings' if there are any, and for each site its module path, side, in- and out-features."""
     codes = plan.languages.codes
     shared = {"shared": [plan.shared_rank, plan.shared_alpha]} if plan.shared_rank else {}
     if plan.embedding_rank:  # how many words there are is the dictionary's affair

@@ -88,6 +88,12 @@ def count_adapters(model, codes):
                 parameters += sum(factor.numel() for factor in linear.factors(owner, side))
                 entries += mask.numel()
                 pruned += int((~mask).sum())
+    if model.plan.embedding_site and are_all:
+        adapters = model.embedding_adapters
+        mask = adapters.mask[:, adapters.width_A :]
+        parameters += adapters.mask.numel()
+        entries += mask.numel()
+        pruned += int((~mask).sum())
     return parameters, entries, pruned
 
 

@@ -132,7 +132,8 @@ def generate_args(corpus, checkpoint, source, target, *more):
 
 
 def adapters_in(model):
-    """The adapters in a state dict of the models above, whose A and B are equally wide.
+    """The adapters in a state dict of the models above, whose A and B are equally wide but for the
+    embeddings'.
 
     Returns:
         dict of (layer, language) -> (A, B, mask of A, mask of B), each (rank, columns)
@@ -147,7 +148,11 @@ def adapters_in(model):
         masks = mask.split([w.size(0) for w in weights.values()])
         for (key, weight), rows in zip(weights.items(), masks):
             code = key.rpartition(".lora_")[2]
-            found[layer, code] = (*weight.chunk(2, 1), *rows.chunk(2, 1))
+            width_A = weight.size(1) // 2
+            if layer == "embedding_adapters":
+                width_A = model["encoder.embed_tokens.weight"].size(1)
+            parts = (w.tensor_split([width_A], 1) for w in (weight, rows))
+            found[layer, code] = tuple(part for pair in parts for part in pair)
     return found
 
 

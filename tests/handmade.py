@@ -36,9 +36,8 @@ def make(keep=None, logits=None, **options):
         module: (FFN, DIM) if module == "fc2" else (DIM, FFN) if module == "fc1" else (DIM, DIM)
         for module in MODULES["decoder"]
     }
-    plan = resolve(
-        LSLoConfig.from_namespace(Namespace(**options)), LAYERS, dict.fromkeys(LAYERS, sizes)
-    )
+    dims = {**dict.fromkeys(LAYERS, sizes), "embeddings": (DIM, ROWS)}
+    plan = resolve(LSLoConfig.from_namespace(Namespace(**options)), LAYERS, dims)
     embedding = torch.randn(ROWS, DIM)
     model = {"encoder.version": torch.tensor([3.0])}
     for key in ("encoder.embed_tokens", "decoder.embed_tokens", "decoder.output_projection"):
@@ -63,6 +62,9 @@ def make(keep=None, logits=None, **options):
             ):
                 w = (logits or {}).get((stack, layer), (0.0, 0.0))
                 model[f"{prefix}.side_weights.logits"] = torch.tensor([w])
+    if plan.embedding_site:
+        ranks = {SHARED: plan.embedding_rank}
+        _add_adapters(model, "embedding_adapters", [plan.embedding_site], ranks, keep)
     return {"model": model, "args": Namespace(**options)}
 
 

@@ -16,7 +16,8 @@ TIERS = "high=en,de;low=fr"
 
 def dims():
     shapes = {"fc1": (D, FFN), "fc2": (FFN, D)}
-    return {s: {m: shapes.get(m, (D, D)) for m in MODULES[s]} for s in ("encoder", "decoder")}
+    stacks = {s: {m: shapes.get(m, (D, D)) for m in MODULES[s]} for s in ("encoder", "decoder")}
+    return {**stacks, "embeddings": (D, 100)}
 
 
 def resolved(encoder=4, decoder=2, **options):
@@ -166,6 +167,16 @@ def test_weight_learning_has_an_adapter_of_either_side_at_every_site():
             "--lora-alpha scales adapters of languages, and with --lora-rank 0 there are none: "
             "leave it out, or give --lora-shared-alpha, or give --lora-rank",
         ),
+        (
+            {"lora_rank": "0", "lora_embedding_rank": 2, "lora_weight_learning": True},
+            "--lora-weight-learning weighs adapters of languages, and with --lora-rank 0 there",
+        ),
+        (
+            {"lora_embedding_rank": 17},
+            "--lora-embedding-rank: rank 17 of the embeddings must lie between 1 and 16, the "
+            "smaller side of decoder.output_projection",
+        ),
+        ({"lora_embedding_rank": -1}, "--lora-embedding-rank: rank -1 of the embeddings must lie"),
         ({"lora_rank": "high=2,low=17"}, "--lora-rank: rank 17 of fr must lie between 1 and 16"),
         ({"lora_alpha": "0"}, "--lora-alpha: 0.0 of de must be positive; without the option"),
         ({"lora_alpha": "high=1,low=-2"}, "--lora-alpha: -2.0 of fr must be positive"),
@@ -249,10 +260,20 @@ def test_rank_0_for_all_leaves_the_shared_adapters_alone():
         assert not plan.needs("source") and not plan.needs("target")
 
 
+def test_rank_0_for_all_leaves_the_embeddings_adapter_alone():
+    _, plan = resolved(lora_rank="0", lora_embedding_rank=4)
+    assert plan.all_sites == () and plan.embedding_rank == 4
+    site = plan.embedding_site
+    assert (site.name, site.entries(4)) == ("decoder.output_projection", 4 * (16 + 100))
+    assert resolved()[1].embedding_site is None
+    assert resolved(lora_embedding_rank=4, lora_freeze_shared=True)[1].freeze_shared
+
+
 SHARED_ROWS = [
     ["for", "all", "shared", "fc1", "960", "9.600%"],
     ["for", "all", "3", "shared", "all", "960", "9.600%"],
 ]
+EMBEDDINGS_ROW = ["for", "all", "3", "shared", "embeddings", "232", "2.320%"]
 
 
 @pytest.mark.parametrize(
@@ -261,6 +282,13 @@ SHARED_ROWS = [
         ({}, SHARED_ROWS, "2,880"),
         ({"lora_rank": "0"}, SHARED_ROWS, "960"),
         ({"lora_freeze_shared": True}, [["kept", "3", "shared", "all", "0", "0.000%"]], "1,920"),
+        ({"lora_embedding_rank": 2}, [*SHARED_ROWS, EMBEDDINGS_ROW], "3,112"),
+        ({"lora_rank": "0", "lora_embedding_rank": 2}, [*SHARED_ROWS, EMBEDDINGS_ROW], "1,192"),
+        (
+            {"lora_embedding_rank": 2, "lora_freeze_shared": True},
+            [["kept", "3", "shared", what, "0", "0.000%"] for what in ("all", "embeddings")],
+            "1,920",
+        ),
     ],
 )
 def test_the_table_counts_shared_adapters_once(options, shared, total):

@@ -297,6 +297,24 @@ def test_shared_adapters_are_counted(corpus):
     assert memory["0", True]["optimizer"] == 8 * counts["0", True]
 
 
+def test_the_embeddings_adapter_is_counted(corpus):
+    args = ["--checkpoint", corpus.base, "--lora-tiers", TIERS]
+    words = torch.load(corpus.base)["model"]["encoder.embed_tokens.weight"].size(0)
+    counts = []
+    for more in ([], ["--lora-embedding-rank", "3"]):
+        _, found, _ = diagnose(*args, *more, "--lora-shared-rank", "2")
+        assert not troubles(found)
+        counts.append(int(found["adapters"]["found"].split()[0].replace(",", "")))
+    told = "31 linears, shared adapters of rank 2, an adapter of the embeddings of rank 3"
+    assert found["adapters"]["found"].endswith(told)
+    assert counts[1] - counts[0] == 3 * (32 + words)
+    _, found, _ = diagnose(*args, "--lora-rank", "0", *more)
+    assert found["adapters"]["found"].endswith(
+        "0 linears, an adapter of the embeddings of rank 3 alone"
+    )
+    assert found["adapters"]["found"].startswith(f"{3 * (32 + words):,} trainable parameters")
+
+
 def test_other_adapters_than_those_of_the_run_that_is_resumed(tuned):
     _, found, _ = diagnose("--checkpoint", tuned, "--lora-rank", "4")
     assert troubles(found) == {"adapters": "error"}

@@ -137,6 +137,18 @@ def test_other_shared_adapters_are_refused(there, here, told):
     assert "leave out --lora-shared-rank and --lora-shared-alpha, or give" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "there, here, told",
+    [(3, 2, "rank 3, this model rank 2"), (3, 0, "rank 3, this model none"), (0, 3, "none, this")],
+)
+def test_another_adapter_of_the_embeddings_is_refused(there, here, told):
+    state = build(lora_embedding_rank=there).state_dict()
+    message = f"does not fit this model: of the embeddings' adapter it has {told}"
+    with pytest.raises(UserError, match=f"^lslora: error: the checkpoint {message}") as caught:
+        build(lora_embedding_rank=here).load_state_dict(state)
+    assert "leave out --lora-embedding-rank, or give the checkpoint's" in str(caught.value)
+
+
 def test_freezing_shared_adapters_does_not_make_them_others():
     build(lora_shared_rank=3, lora_freeze_shared=True).load_state_dict(
         build(lora_shared_rank=3, lora_shared_alpha=3.0).state_dict()
@@ -199,7 +211,10 @@ def test_a_checkpoint_of_an_earlier_version_loads():
         assert torch.equal(other.state_dict()[key], value), key
 
 
-@pytest.mark.parametrize("options", [{}, {"lora_shared_rank": 3, "lora_shared_alpha": 2.0}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"lora_shared_rank": 3, "lora_shared_alpha": 2.0}, {"lora_embedding_rank": 3}],
+)
 def test_what_is_pruned_in_all_of_an_average_stays_so(options):
     """Summed up and divided, whole numbers with their remainder dropped, as fairseq's script."""
     models = [pruned_model(seed, **options) for seed in (3, 4, 5)]

@@ -34,8 +34,8 @@ The rule:
      This is Webster's way to give out seats: ranks in proportion to demand.
 Tiers, layers with adapters, index sides and shape are those of the checkpoint, and among the flags,
 since the number of parameters rests on them. --lora-alpha is not: it belongs to training. Adapters
-that all languages share keep their rank and alpha; what they need in the kept modules is taken off
-the budget first.
+that all languages share, the embeddings' among them, keep their rank and alpha; what they need, in
+the kept modules and for the embeddings, is taken off the budget first.
 """
 
 
@@ -84,7 +84,7 @@ class Suggestion:
         modules, groups: lists of :class:`Module` and :class:`Group`
         budget, base: numbers of parameters
         kept: what stays as it is in the checkpoint: option -> value
-        shared: parameters of the shared adapters
+        shared, embeddings: parameters of the shared adapters, and of the embeddings'
     """
 
     modules: list
@@ -93,10 +93,11 @@ class Suggestion:
     base: int
     kept: dict
     shared: int = 0
+    embeddings: int = 0
 
     @property
     def used(self):
-        return self.shared + sum(group.parameters for group in self.groups)
+        return self.shared + self.embeddings + sum(group.parameters for group in self.groups)
 
     @property
     def flags(self):
@@ -116,6 +117,8 @@ def kept_options(checkpoint):
         kept["--lora-shared-rank"] = str(config.lora_shared_rank)
     if config.lora_shared_alpha is not None:
         kept["--lora-shared-alpha"] = str(config.lora_shared_alpha)
+    if config.lora_embedding_rank:
+        kept["--lora-embedding-rank"] = str(config.lora_embedding_rank)
     for stack, layers in checkpoint.layers.items():
         chosen = getattr(config, f"{stack}_lora_layers") or f"0-{layers - 1}"
         kept[f"--{stack}-lora-layers"] = chosen
@@ -154,6 +157,11 @@ def kept_sites(sites, modules):
 def shared_parameters(plan, modules):
     """Parameters of the adapters that all languages share, in the kept modules."""
     return sum(s.entries(plan.shared_rank) for s in kept_sites(plan.shared_sites, modules))
+
+
+def embedding_parameters(plan):
+    """Parameters of the embeddings' adapter."""
+    return plan.embedding_site.entries(plan.embedding_rank) if plan.embedding_site else 0
 
 
 def apportion(demands, costs, budget, limit):
@@ -199,7 +207,8 @@ def suggest(demand, budget, per):
         ConfigError: the budget is too small for rank 1.
     """
     modules = judge_modules(demand)
-    sites, shared = kept_sites(demand.plan.sites, modules), shared_parameters(demand.plan, modules)
+    sites = kept_sites(demand.plan.sites, modules)
+    shared = shared_parameters(demand.plan, modules) + embedding_parameters(demand.plan)
     shares = demand.shares(sites)
     groups = demand.tiers
     demands = [demand.mean(shares, tier) for tier in groups]
@@ -273,8 +282,9 @@ def run(args):
     warning = alpha_warning(checkpoint)
     if warning:
         logger.warning(warning)
-    shared, kept = shared_parameters(checkpoint.plan, modules), kept_options(checkpoint)
-    print(FORMATS[args.format](Suggestion(modules, groups, budget, base, kept, shared)))
+    of_all = shared_parameters(checkpoint.plan, modules), embedding_parameters(checkpoint.plan)
+    kept = kept_options(checkpoint)
+    print(FORMATS[args.format](Suggestion(modules, groups, budget, base, kept, *of_all)))
     return 0
 
 
@@ -295,6 +305,9 @@ def _table(suggestion):
     if suggestion.shared:
         rank = suggestion.kept["--lora-shared-rank"]
         groups.append(("(shared)", "all", "-", rank, f"{suggestion.shared:,}"))
+    if suggestion.embeddings:
+        rank = suggestion.kept["--lora-embedding-rank"]
+        groups.append(("(embeddings)", "all", "-", rank, f"{suggestion.embeddings:,}"))
     header = ("rank for", "languages", "demand", "rank", "parameters")
     used, base = suggestion.used, suggestion.base
     return "\n\n".join(
@@ -314,6 +327,7 @@ def _json(suggestion):
             "modules": [{**vars(m), "kept": m.kept} for m in suggestion.modules],
             "groups": [vars(group) for group in suggestion.groups],
             "shared": suggestion.shared,
+            "embeddings": suggestion.embeddings,
             "budget": suggestion.budget,
             "used": suggestion.used,
             "base_parameters": suggestion.base,

@@ -44,11 +44,15 @@ class Trained:
         """As :meth:`adapters`, of those that all languages share."""
         return _by_adapters(self.plan.shared_sites)
 
+    def embedding_adapters(self):
+        """As :meth:`adapters`, of the embeddings' adapter."""
+        return _by_adapters([self.plan.embedding_site] if self.plan.embedding_site else [])
+
     def kept(self, key):
         """Which entries of a layer's adapters pruning has left.
 
         Args:
-            key: one of :meth:`adapters` or :meth:`shared_adapters`
+            key: one of :meth:`adapters`, :meth:`shared_adapters` or :meth:`embedding_adapters`
 
         Returns:
             (ranks of all languages, columns) bool
@@ -102,7 +106,8 @@ def read(path):
 
 
 def _sizes(path, weights):
-    """stack -> number of layers, and stack -> module -> (in_features, out_features)."""
+    """stack -> number of layers, and stack -> module -> (in_features, out_features); under
+    ``embeddings`` (d, words) if these are one matrix."""
     layers, dims = {}, {}
     for stack in MODULES:
         numbers = [re.match(rf"{stack}\.layers\.(\d+)\.", key) for key in weights]
@@ -116,6 +121,9 @@ def _sizes(path, weights):
                 )
             n_out, n_in = weights[key].shape
             dims[stack][module] = n_in, n_out
+    embeddings = [weights[key] for key in EMBEDDINGS if key in weights]
+    if len(embeddings) == 3 and all(torch.equal(embeddings[0], e) for e in embeddings[1:]):
+        dims["embeddings"] = embeddings[0].size(1), embeddings[0].size(0)
     return layers, dims
 
 
@@ -123,6 +131,8 @@ def _by_adapters(sites):
     found = {}
     for site in sites:
         key = f"{site.stack}.layers.{site.layer}.{site.side}_adapters"
+        if site.layer is None:
+            key = "embedding_adapters"
         found.setdefault(key, []).append(site)
     return found
 
@@ -130,15 +140,18 @@ def _by_adapters(sites):
 def _check_fit(path, weights, plan):
     """Raises ConfigError unless the adapters are those of the plan, shape by shape."""
     expected = {}
-    for key, sites in _by_adapters(plan.all_sites).items():
+    embeddings = [plan.embedding_site] if plan.embedding_site else []
+    for key, sites in _by_adapters([*plan.all_sites, *embeddings]).items():
         features = sum(site.in_features + site.out_features for site in sites)
         ranks = dict(zip(plan.languages.codes, plan.ranks))
         if sites[0].side == SHARED:
             ranks = {SHARED: plan.shared_rank}
+        if sites == embeddings:
+            ranks = {SHARED: plan.embedding_rank}
         expected[f"{key}.{PRUNED}"] = sum(ranks.values()), features
         for code, rank in ranks.items():
             expected[f"{key}.lora_{code}"] = rank, features
-        if plan.weight_learning:
+        if plan.weight_learning and sites != embeddings:
             layer = key.rpartition(".")[0]
             expected[f"{layer}.side_weights.logits"] = 1, 2
     found = {

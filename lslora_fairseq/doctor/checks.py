@@ -199,17 +199,15 @@ def check_model(inputs):
     if inputs.checkpoint:
         model.check_fit(inputs.model, inputs.checkpoint)
     plan, size = inputs.model.plan, inputs.shape
-    shared = ""
-    if plan.shared_sites:
-        kept = ", kept as they are" * plan.freeze_shared
-        shared = f", shared adapters of rank {plan.shared_rank}{kept}"
-        if not plan.sites:
-            shared += " alone"
+    shared = [f"shared adapters of rank {plan.shared_rank}"] if plan.shared_sites else []
+    if plan.embedding_site:
+        shared.append(f"an adapter of the embeddings of rank {plan.embedding_rank}")
+    more = ", kept as they are" * plan.freeze_shared + " alone" * (not plan.sites)
     found = (
         f"{size.adapter_entries:,} trainable parameters, "
         f"{size.adapter_entries / size.base_parameters:.2%} of {size.base_parameters:,}: "
         f"{len(plan.languages)} languages, {len({site.name for site in plan.all_sites})} linears"
-        f"{shared}"
+        f"{''.join(f', {name}' for name in shared)}{more}"
     )
     return [Line(OK, "adapters", found)]
 

@@ -78,7 +78,8 @@ def _as_config_error():
 def check_fit(model, checkpoint):
     """Raises ConfigError unless every weight of the checkpoint has its place in the model.
 
-    Embeddings are compared by their width alone; their rows are matched by token.
+    Embeddings are compared by their width alone; their rows, and the columns of their adapter, are
+    matched by token.
     """
     own = model.state_dict()
     weights = dict(checkpoint.weights)
@@ -86,6 +87,10 @@ def check_fit(model, checkpoint):
     for key in EMBEDDINGS:
         if key in own and key in weights and own[key].size(1) == weights[key].size(1):
             weights[key] = own[key]
+    for key in own:
+        found = weights.get(key)
+        if key.startswith("embedding_adapters.") and found is not None:
+            weights[key] = own[key] if len(found) == len(own[key]) else found
     with _as_config_error():
         model.upgrade_state_dict_named(weights, "")
 

@@ -30,9 +30,9 @@ class _Adapted:
         del self.adapters
 
     def factors(self):
-        """A (r, d) and B (r, words), without what is pruned."""
+        """A (r, d) and B (r, words); what is pruned of them is zero, and gets no gradient."""
         weight = self.adapters.weight(0)
-        if self.adapters.is_pruned:
+        if self.adapters.is_pruned and weight.requires_grad and torch.is_grad_enabled():
             weight = weight.masked_fill(~self.adapters.mask, 0)
         ((a, b),) = self.adapters.columns.values()
         return weight[:, a], weight[:, b]
@@ -56,12 +56,10 @@ class AdaptedProjection(_Adapted, nn.Linear):
 
     def forward(self, x):
         A, B = self.factors()
-        h = F.linear(x, A)
-        out = super().forward(x)
-        if out.dtype != B.dtype:  # autocast
-            B = B.to(out.dtype)
-        out.flatten(0, -2).addmm_(h.flatten(0, -2), B)
-        return out
+        flat = x.flatten(0, -2)  # added in place to a view, logits would be copied in backward
+        out = super().forward(flat)
+        out.addmm_(F.linear(flat, A), B.to(out.dtype))  # another dtype under autocast
+        return out.unflatten(0, x.shape[:-1])
 
 
 @torch.no_grad()
@@ -69,4 +67,4 @@ def merge_embeddings(adapted):
     """Adds the adapter to the weight (words, d) of embeddings or projection, in place, summed in
     fp32."""
     A, B = (factor.float() for factor in adapted.factors())
-    adapted.weight.copy_(adapted.weight.float() + B.t() @ A)
+    adapted.weight.copy_(torch.addmm(adapted.weight.float(), B.t(), A))

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from typing import Optional
 
 from lslora_fairseq.errors import ConfigError
 
@@ -30,7 +31,7 @@ class Site:
     """
 
     stack: str
-    layer: int
+    layer: Optional[int]
     module: str
     side: str
     in_features: int

@@ -116,10 +116,12 @@ class LSLoTransformerModel(TransformerModel):
 
     def _shared_embeddings(self):
         """The weight (words, d) of the embeddings, if all parts of the model share it."""
-        weight = self.encoder.embed_tokens.weight
-        projection = getattr(self.decoder, "output_projection", None)
-        same = self.decoder.embed_tokens.weight is weight and type(projection) is nn.Linear
-        return weight if same and projection.weight is weight else None
+        embeddings = [self.encoder.embed_tokens, self.decoder.embed_tokens]
+        projection = self.decoder.output_projection  # None with an adaptive softmax
+        if [*map(type, [*embeddings, projection])] != [nn.Embedding, nn.Embedding, nn.Linear]:
+            return None
+        weight = projection.weight
+        return weight if all(module.weight is weight for module in embeddings) else None
 
     def _adapt_embeddings(self, weight):
         """Gives the embeddings and the output projection their adapter."""
@@ -128,9 +130,8 @@ class LSLoTransformerModel(TransformerModel):
             [plan.embedding_site], [SHARED], [plan.embedding_rank], weight
         )
         self.embedding_adapters.requires_grad_(not plan.freeze_shared)
-        for stack in (self.encoder, self.decoder):
-            if type(stack.embed_tokens) is nn.Embedding:  # a module of both may be adapted already
-                AdaptedEmbedding.adapt(stack.embed_tokens, self.embedding_adapters)
+        for module in {self.encoder.embed_tokens, self.decoder.embed_tokens}:  # one, as a rule
+            AdaptedEmbedding.adapt(module, self.embedding_adapters)
         AdaptedProjection.adapt(self.decoder.output_projection, self.embedding_adapters)
 
     def identify(self, args, langs):
@@ -170,7 +171,8 @@ class LSLoTransformerModel(TransformerModel):
         return self.plan.languages
 
     def prepare_for_inference_(self, cfg):
-        """As fairseq's; adapters are merged where the direction to decode is known."""
+        """As fairseq's; adapters are merged where the direction to decode is known, that of the
+        embeddings always."""
         super().prepare_for_inference_(cfg)
         self.merge_embeddings()
         direction = {
@@ -187,15 +189,14 @@ class LSLoTransformerModel(TransformerModel):
         all languages."""
         if not hasattr(self, "embedding_adapters"):
             return
-        merge_embeddings(self.decoder.output_projection)
-        for module in (
-            self.encoder.embed_tokens,
-            self.decoder.embed_tokens,
-            self.decoder.output_projection,
-        ):
-            if hasattr(module, "adapters"):
-                module.restore()
+        projection = self.decoder.output_projection
+        merge_embeddings(projection)
+        for module in {self.encoder.embed_tokens, self.decoder.embed_tokens, projection}:
+            module.restore()
         del self.embedding_adapters
+        del self.identity.adapters["embeddings"]
+        record = getattr(self, RECORD)
+        setattr(self, RECORD, self.identity.record().to(record.device))
 
     def merge(self, source, target):
         """Folds the adapters of one direction into the weights, for decoding at the base model's
@@ -352,18 +353,12 @@ class LSLoTransformerModel(TransformerModel):
 
     def _match_words(self, own, state_dict, matched):
         """Brings the columns of the embeddings' adapter, which belong to words, into our order."""
-        site = self.plan.embedding_site
-        for name in (f"lora_{SHARED}", PRUNED) if site else ():
-            key = f"embedding_adapters.{name}"
-            if key in state_dict:
-                parts = [
-                    w[key].split_with_sizes(
-                        [site.in_features, w[key].size(1) - site.in_features], 1
-                    )
-                    for w in (own, state_dict)
-                ]
-                (_, ours), (A, theirs) = parts
-                state_dict[key] = torch.cat([A, take_rows(ours.t(), theirs.t(), matched).t()], 1)
+        for key in (f"embedding_adapters.{name}" for name in (f"lora_{SHARED}", PRUNED)):
+            if key in own and key in state_dict and len(own[key]) == len(state_dict[key]):
+                d = self.plan.embedding_site.in_features
+                ours, theirs = (w[key][:, d:].t() for w in (own, state_dict))
+                B = take_rows(ours, theirs, matched).t()
+                state_dict[key] = torch.cat([state_dict[key][:, :d], B], 1)
 
 
 def _warn_of_new_rows(matched, symbols):

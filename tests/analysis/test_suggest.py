@@ -25,7 +25,7 @@ SQUARE = {
     "encoder_lora_layers": "1,3",
     "encoder_index_side": "source*2,target*2",
 }
-SHARED = {"lora_shared_rank": int, "lora_shared_alpha": float}
+SHARED = {"lora_shared_rank": int, "lora_shared_alpha": float, "lora_embedding_rank": int}
 
 
 def as_options(flags):
@@ -58,6 +58,7 @@ def suggested(path, *more):
         SQUARE,
         {"decoder_target_modules": "fc1", "decoder_index_side": "source,target"},
         {"lora_shared_rank": 3, "lora_shared_alpha": 6.0},
+        {"lora_embedding_rank": 3},
     ],
 )
 def test_a_run_with_the_flags_trains_the_parameters_that_were_promised(tmp_path, options, per):
@@ -66,7 +67,7 @@ def test_a_run_with_the_flags_trains_the_parameters_that_were_promised(tmp_path,
     tiers = flags.pop("lora_tiers")
     assert tiers == toy.OPTIONS["lora_tiers"]
     shared = {name: kind(flags.pop(name)) for name, kind in SHARED.items() if name in flags}
-    assert shared == {name: value for name, value in options.items() if "shared" in name}
+    assert shared == {name: value for name, value in options.items() if name in SHARED}
     model = toy.build(**flags, **shared)
     assert sum(p.numel() for p in toy.adapters(model)) == report["used"] <= 12_000
     sides = {(site.stack, site.layer, site.side) for site in model.plan.sites}
@@ -194,20 +195,26 @@ def test_shared_adapters_are_paid_first(tmp_path):
     def kept(site, code):
         return 2 if code == "shared" else 0 if "encoder_attn" in site.module else keep(site, code)
 
-    options = {"lora_shared_rank": 2, "pruning_final_sparsity": 0.1}
+    options = {"lora_shared_rank": 2, "lora_embedding_rank": 3, "pruning_final_sparsity": 0.1}
     path = handmade.save(tmp_path, handmade.make(kept, **options))
     cost = ENCODER + DECODER - 2 * 24  # without cross-attention, which is dropped
-    least = str((3 + 2) * cost)
+    words = 3 * (4 + 20)
+    least = str((3 + 2) * cost + words)
     report = json.loads(lslora("suggest", path, "--budget", least, "--format", "json")[1])
     assert [group["rank"] for group in report["groups"]] == [1, 1]
-    assert report["shared"] == 2 * cost and str(report["used"]) == least
+    assert (report["shared"], report["embeddings"]) == (2 * cost, words)
+    assert str(report["used"]) == least
     assert report["flags"]["--lora-shared-rank"] == "2"
+    assert report["flags"]["--lora-embedding-rank"] == "3"
     assert "--lora-shared-alpha" not in report["flags"]
     table = lslora("suggest", path, "--budget", least)[1].splitlines()
     (row,) = [line.split() for line in table if line.startswith("(shared)")]
     assert row == ["(shared)", "all", "-", "2", f"{2 * cost:,}"]
-    with pytest.raises(ConfigError, match=f"beside the shared adapters' {2 * cost:,}: give at"):
-        suggest.suggest(measured(tmp_path, kept, **options), 5 * cost - 1, "tier")
+    (row,) = [line.split() for line in table if line.startswith("(embeddings)")]
+    assert row == ["(embeddings)", "all", "-", "3", str(words)]
+    told = f"beside the shared adapters' {2 * cost + words:,}: give at"
+    with pytest.raises(ConfigError, match=told):
+        suggest.suggest(measured(tmp_path, kept, **options), int(least) - 1, "tier")
 
 
 def test_dropped_modules_cost_nothing_and_take_no_part_in_demand(tmp_path):

@@ -92,6 +92,24 @@ def test_shared_adapters_are_checked_and_kept_apart(tmp_path):
     assert told in refusal(handmade.save(tmp_path, content))
 
 
+def test_the_embeddings_adapter_is_checked_and_kept_apart(tmp_path):
+    """Also where layers learn the weights of their sides: it is in no layer."""
+    content = handmade.make(lora_embedding_rank=2, lora_weight_learning=True)
+    found = trained.read(handmade.save(tmp_path, content))
+    assert [*found.embedding_adapters()] == ["embedding_adapters"]
+    assert found.shared_adapters() == {} and "embedding_adapters" not in found.adapters()
+    assert found.kept("embedding_adapters").shape == (2, 4 + 20)
+    assert found.base_parameters() == 848
+    key = "embedding_adapters.lora_shared"
+    for wrong, told in ((None, "missing"), (torch.ones(3, 24), "(3, 24)")):
+        changed = {k: w for k, w in {**content["model"], key: wrong}.items() if w is not None}
+        file = handmade.save(tmp_path, {**content, "model": changed})
+        assert f"{key}: {told} instead of (2, 24)" in refusal(file)
+    content["model"]["decoder.output_projection.weight"] = torch.ones(20, 4)
+    told = "weights: --lora-embedding-rank adapts embeddings that are one matrix"
+    assert told in refusal(handmade.save(tmp_path, content))
+
+
 def test_a_file_that_is_not_there(tmp_path):
     path = tmp_path / "none.pt"
     assert refusal(path) == f"{path}: no such file: name a checkpoint that fairseq-train wrote"

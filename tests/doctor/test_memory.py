@@ -92,13 +92,17 @@ def test_the_shape_of_a_model():
     assert found == Shape(sum(base.values()), trained, 4, 2, 16, 32, 38)
 
 
-def test_shared_adapters_are_counted_and_kept_ones_need_no_optimizer():
-    options = {"lora_shared_rank": 3}
+@pytest.mark.parametrize("options", [{"lora_shared_rank": 3}, {"lora_embedding_rank": 3}])
+def test_shared_adapters_are_counted_and_kept_ones_need_no_optimizer(options):
     without, trained, kept = (
         shape(toy.build(**more)) for more in ({}, options, {**options, "lora_freeze_shared": True})
     )
     shared = trained.adapter_entries - without.adapter_entries
     assert shared == kept.kept_entries > 0 == trained.kept_entries
+    if "lora_embedding_rank" in options:  # 38 words, each with its optimizer state
+        assert shared == 3 * (16 + 38)
+        grown = (estimate(s, "fp32", 10)["optimizer"] for s in (trained, without))
+        assert next(grown) - next(grown) == 8 * shared
     assert kept.adapter_entries == without.adapter_entries
     assert kept.base_parameters == trained.base_parameters == without.base_parameters
     more = {

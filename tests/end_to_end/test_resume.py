@@ -13,8 +13,10 @@ from optim.updates import same
 SCHEDULES = {
     "epoch": [],
     "update": ["--pruning-unit", "update", "--pruning-begin", "2", "--pruning-duration", "15"],
-    "weight learning, and shared": ["--lora-weight-learning", "--lora-shared-rank", "2"],
-}
+    "weight learning, and shared": [
+        "--lora-weight-learning", "--lora-shared-rank", "2", "--lora-embedding-rank", "2",
+    ],
+}  # fmt: skip
 
 
 def start_and_kill(args, line, log):

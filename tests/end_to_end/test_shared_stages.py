@@ -7,7 +7,8 @@ import torch
 from console import adapters_in, finetune_args, generate_args, lslora, run, with_option, without
 from test_starts import average, model_of
 
-SHARED = ["--lora-shared-rank", "3", "--lora-shared-alpha", "6", "--lr", "0.02"]
+SHARED = ["--lora-shared-rank", "3", "--lora-shared-alpha", "6", "--lora-embedding-rank", "2"]
+SHARED += ["--lr", "0.02"]
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +20,8 @@ def first(corpus, tmp_path_factory):
         "fairseq-train", *args, "--disable-validation", "--pruning-final-sparsity", "0.5",
         "--pruning-begin", "0",
     )  # fmt: skip
-    assert re.search(r"^for all +4  shared +all ", out, re.M)
+    for what in ("all", "embeddings"):
+        assert re.search(rf"^for all +4  shared +{what} ", out, re.M)
     return save_dir
 
 
@@ -45,7 +47,8 @@ def test_frozen_they_keep_every_bit_in_a_further_stage(corpus, first, tmp_path):
     args = with_option(args, "--lang-pairs", "en-de")
     more = ["--lora-freeze-shared", "--weight-decay", "0.1", "--pruning-scope", "layer"]
     _, out, _ = run("fairseq-train", *args, "--disable-validation", *more)
-    assert re.search(r"^kept +4  shared +all +0 ", out, re.M)
+    for what in ("all", "embeddings"):
+        assert re.search(rf"^kept +4  shared +{what} +0 ", out, re.M)
     assert "are this run's; the shared adapters stay as they are; of the others, " in out
     before, after = adapters_in(model_of(first)), adapters_in(model_of(tmp_path))
     moved, pruned = set(), 0
@@ -59,20 +62,26 @@ def test_frozen_they_keep_every_bit_in_a_further_stage(corpus, first, tmp_path):
         if not torch.equal(A, here[0]) or not torch.equal(B * here[3], here[1]):
             moved.add((layer.rpartition(".")[2], owner))
     assert moved == {("source_adapters", "en"), ("target_adapters", "de")} and pruned
+    assert ("embedding_adapters", "shared") in before
     options = torch.load(tmp_path / "checkpoint_last.pt")["cfg"]["model"]
     assert (options.lora_shared_rank, options.lora_shared_alpha) == (3, 6.0)
-    told = "4 languages, 31 linears, shared adapters of rank 3, kept as they are"
+    assert options.lora_embedding_rank == 2
+    told = "31 linears, shared adapters of rank 3, an adapter of the embeddings of rank 2, kept as"
     start = ["--checkpoint", first / "checkpoint_last.pt"]
     assert told in lslora("doctor", *start, "--lora-freeze-shared")[1]
     _, demand, _ = lslora("demand", tmp_path / "checkpoint_last.pt")
     assert re.search(r"^\(shared\) +\d+\.\d% +\d+\.\d% +50\.0%$", demand, re.M)
+    assert re.search(r"^\(embeddings\) +- +- +50\.0%$", demand, re.M)
 
 
 def test_merged_they_give_the_text_of_the_average_unmerged(corpus, first, tmp_path):
-    """fairseq-generate merges its direction; evaluate decodes two in one batch."""
+    """fairseq-generate merges its direction; evaluate decodes two in one batch. So they do in an
+    ensemble with the base, whose embeddings have no adapter."""
     path = tmp_path / "averaged.pt"
     average([first / f"checkpoint{number}.pt" for number in (2, 3)], path)
-    assert len({*texts_of(corpus, path, tmp_path / "out")}) > 4
+    alone = texts_of(corpus, path, tmp_path / "out")
+    assert len({*alone}) > 4
+    assert texts_of(corpus, f"{path}:{corpus.base}", tmp_path / "both") != alone
 
 
 def test_alone_they_are_trained_without_language_tokens_and_decode(corpus, tmp_path):

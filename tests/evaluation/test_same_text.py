@@ -13,9 +13,9 @@ MODELS = {
     "a side for each layer": ["--encoder-index-side", "source*2,target*1"],
     "decoder layers of both sides": ["--decoder-index-side", "source*1,target*1"],
     "learned weights": ["--lora-weight-learning"],
-    "ranks of each language, much pruned, and shared adapters": [
+    "ranks of each language, much pruned, and adapters shared by all": [
         "--lora-rank", "en=1,de=3,fr=7,ja=2", "--pruning-final-sparsity", "0.9",
-        "--lora-shared-rank", "3", "--lora-shared-alpha", "6",
+        "--lora-shared-rank", "3", "--lora-shared-alpha", "6", "--lora-embedding-rank", "4",
     ],
     "tokens in the places of bos and eos": ["--lang-tok-replacing-bos-eos"],
 }  # fmt: skip

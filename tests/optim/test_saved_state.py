@@ -28,8 +28,8 @@ def train(model, optimizer, epochs):
     [
         *((inner, {}, {}) for inner in INNER_OPTIMIZERS),
         ("sgd", {"momentum": 0.9}, {}),
-        ("adafactor", {"scale_parameter": True, "beta1": 0.9}, {}),
-        ("adam", {"pruning_scope": "layer"}, {"lora_shared_rank": 3}),
+        ("adafactor", {"scale_parameter": True, "beta1": 0.9}, {"lora_embedding_rank": 2}),
+        ("adam", {"pruning_scope": "layer"}, {"lora_shared_rank": 3, "lora_embedding_rank": 2}),
         ("adam", {}, {"lora_rank": "0", "lora_shared_rank": 3}),
     ],
 )

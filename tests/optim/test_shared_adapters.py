@@ -10,6 +10,7 @@ from updates import ALL, SIDES, optimizer_for, same, snapshot, update
 from lslora_fairseq.lora.plan import SHARED
 from lslora_fairseq.optim.pruned import INNER_OPTIMIZERS
 
+RANKS = {"lora_shared_rank": 3, "lora_embedding_rank": 2}
 OWNERS = [*((side, language) for side in SIDES for language in range(len(CODES))), (SHARED, 0)]
 
 
@@ -70,13 +71,62 @@ def test_a_pruned_entry_of_theirs_stays_zero(inner):
         assert not mask.all() and mask.any() and not B[~mask].any() and B[mask].all()
 
 
+@pytest.mark.parametrize("target", ["B", "AB"])
+@pytest.mark.parametrize("scope", ["language", "layer"])
+@pytest.mark.parametrize("size", [1e-4, 1e4])
+def test_that_of_the_embeddings_is_a_scope_of_its_own(scope, target, size):
+    """Also beside shared adapters: words and linears are of other magnitudes."""
+    model = set_adapters(build(lora_shared_rank=3, lora_embedding_rank=2))
+    holder = model.embedding_adapters
+    holder.lora_shared.data.mul_(size)
+    plain = set_adapters(build(lora_shared_rank=3))
+    for each in (model, plain):
+        options = {"pruning_scope": scope, "pruning_target": target}
+        assert optimizer_for(each, **options).prune_at(3, 0) == pytest.approx(0.6, abs=1e-3)
+    for name, adapters_of_layer in plain.named_modules():
+        if hasattr(adapters_of_layer, "refresh_pruned"):
+            assert torch.equal(model.get_submodule(name).mask, adapters_of_layer.mask), name
+    A, B = holder.mask.split([16, 38], 1)
+    assert int((~B).sum()) == int(0.6 * B.numel() + 0.5)
+    assert int((~A).sum()) == (int(0.6 * A.numel() + 0.5) if target == "AB" else 0)
+    kept = holder.lora_shared.detach().abs()
+    assert kept[holder.mask].all() and not kept[~holder.mask].any()
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_shared_rank": 3}, {"lora_rank": "0"}])
+@pytest.mark.parametrize("inner", ["adam", "adafactor"])
+def test_that_of_the_embeddings_is_trained_and_pruned(inner, options, caplog):
+    """With every batch; what is pruned stays zero, and nothing is before its first update."""
+    caplog.set_level(logging.INFO)
+    model = build(lora_embedding_rank=2, **options)
+    optimizer = optimizer_for(model, inner, weight_decay=0.1)
+    optimizer.prune_at(2, 0)
+    assert "never updated and left alone" in caplog.messages[-1]
+    assert "the shared adapters" in caplog.messages[-1]
+    holder, removed = model.embedding_adapters, []
+    for epoch in range(2, 6):
+        optimizer.prune_at(epoch, 0)
+        before = holder.lora_shared.detach().clone()
+        update(model, optimizer, ALL[: epoch - 1], seed=epoch)
+        after = holder.lora_shared.detach()
+        assert not after[~holder.mask].any()
+        assert (after != before)[holder.mask].float().mean() > 0.9
+        removed.append(int((~holder.mask).sum()))
+    assert removed == [0, 46, 46, 46]  # 0.6 of 2 · 38
+    assert "the shared adapters" not in caplog.messages[-1]
+    made = build(seed=5, lora_embedding_rank=2, **options)
+    made.load_state_dict(model.state_dict())
+    made.reset_masks()
+    assert not made.embedding_adapters.is_pruned and model.count_pruned()[0] >= 46
+
+
 @pytest.mark.parametrize("scope", ["language", "layer"])
 @pytest.mark.parametrize("inner", INNER_OPTIMIZERS)
 def test_frozen_they_keep_every_bit_while_languages_train(inner, scope):
     """Also what is pruned of them, and with --pruning-masks reset; the optimizer sees none."""
-    first = set_adapters(build(lora_shared_rank=3))
+    first = set_adapters(build(**RANKS))
     optimizer_for(first).prune_at(3, 0)
-    model = build(seed=5, lora_shared_rank=3, lora_freeze_shared=True)
+    model = build(seed=5, **RANKS, lora_freeze_shared=True)
     model.load_state_dict(first.state_dict())
     model.reset_masks()
     optimizer = optimizer_for(model, inner, weight_decay=0.1, pruning_scope=scope)
@@ -84,14 +134,14 @@ def test_frozen_they_keep_every_bit_while_languages_train(inner, scope):
     for epoch in range(1, 5):
         optimizer.prune_at(epoch, 0)
         update(model, optimizer, ALL, seed=epoch)
-    kept = 0
+    kept = []
     for key, value in first.state_dict().items():
-        if ".shared_adapters." in key:
+        if ".shared_adapters." in key or key.startswith("embedding_adapters."):
             assert torch.equal(model.state_dict()[key], value), key
-            kept += key.endswith(".pruned") and int(value.sum())
+            kept += [int(value.sum())] if key.endswith(".pruned") else []
         elif ".lora_" in key:
             assert not torch.equal(model.state_dict()[key], value), key
-    assert kept > 0
+    assert len(kept) == 6 + 1 and all(kept)
     assert model.count_pruned()[1] == sum(p.numel() for p in adapters(model))
 
 

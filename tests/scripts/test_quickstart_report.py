@@ -109,15 +109,19 @@ def test_adapters_are_counted_by_tier(scores):
 
 
 def test_shared_adapters_count_where_all_are_counted():
-    model, plain = build(lora_shared_rank=3), build()
+    model, plain = build(lora_shared_rank=3, lora_embedding_rank=2), build()
+    columns = model.embedding_adapters.mask[:, model.embedding_adapters.width_A :]
+    columns[:, :5] = False
     for codes in (["de"], ["fr", "ja"]):
         assert quickstart_report.count_adapters(model, codes) == quickstart_report.count_adapters(
             plain, codes
         )
-    parameters, entries, _ = quickstart_report.count_adapters(model, model.languages.codes)
+    codes = model.languages.codes
+    parameters, entries, pruned = quickstart_report.count_adapters(model, codes)
+    assert pruned == 2 * 5
     assert parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert entries > quickstart_report.count_adapters(plain, plain.languages.codes)[1]
-    frozen = build(lora_shared_rank=3, lora_freeze_shared=True)
+    frozen = build(lora_shared_rank=3, lora_embedding_rank=2, lora_freeze_shared=True)
     assert quickstart_report.count_frozen(frozen) == quickstart_report.count_frozen(plain)
 
 

@@ -75,6 +75,7 @@ def test_options_that_say_the_same_are_accepted(data, tmp_path):
         (["--encoder-index-side", "source"], "--encoder-index-side source differs from source*1,"),
         (["--decoder-target-modules", "fc1"], "--decoder-target-modules fc1 differs from fc1,fc2"),
         (["--lora-shared-rank", "2"], "--lora-shared-rank 2 differs from 0 of {path}, which this"),
+        (["--lora-embedding-rank", "2"], "--lora-embedding-rank 2 differs from 0 of {path}, which"),
         (["--lora-freeze-shared"], "--lora-freeze-shared True differs from False of {path}"),
     ],
 )
@@ -90,9 +91,11 @@ def test_a_further_stage_decides_itself_whether_shared_adapters_are_trained(
     data, tmp_path, was_frozen, given
 ):
     trained = {"lora_shared_rank": 3, "lora_shared_alpha": 6.0, "lora_freeze_shared": was_frozen}
+    trained["lora_embedding_rank"] = 2
     path = checkpoint(tmp_path / "first.pt", **trained)
     _, model = build(resuming(data, tmp_path / "x", "--finetune-from-model", path, *given))
     assert (model.plan.shared_rank, model.plan.shared_alpha) == (3, 6.0)
+    assert model.plan.embedding_rank == 2
     assert model.plan.freeze_shared == bool(given)
     message = f"--lora-shared-rank 4 differs from 3 of {path}, which this run starts from: leave"
     more = ["--finetune-from-model", path, "--lora-shared-rank", "4"]
