@@ -81,7 +81,7 @@ step finetune_full "$WORK/full" full_finetunings "${FULL_RATES[*]}" \
     --finetune-from-model "$WORK/base/checkpoint_last.pt" --optimizer adam --dropout 0.1
 # its adapters, and all that runs this package's own code
 follows "$(package_checksum)"
-finetune finetune "$WORK/finetuned" 0.9 language --lora-rank 'high=2,medium=2,low=8'
+finetune finetune "$WORK/finetuned" 0.9 language --lora-rank 4
 
 evaluate decode_base_own "$WORK/decoded/base_own" "$WORK/base/checkpoint_last.pt" base
 evaluate decode_base "$WORK/decoded/base" "$WORK/base/checkpoint_last.pt" finetune

@@ -38,14 +38,16 @@ FINETUNING=(
 )
 
 # finetune STEP FOLDER SPARSITY SCOPE OPTION... : a step that trains adapters of the frozen base
-# model, one LoRA for each language, pruned epoch by epoch; the options say which adapters
+# model: one LoRA for each language, pruned epoch by epoch, one that all share, and one of the
+# embeddings, which this weak base has hardly learned; the options say what the languages' are
 finetune() {
     step "$1" "$2" \
         fairseq-train "$WORK/data/finetune" --cpu --user-dir "$ROOT/lslora_fairseq" \
         --task translation_multi_lslora --arch lslora_transformer "${FINETUNING[@]}" \
         --finetune-from-model "$WORK/base/checkpoint_last.pt" --save-dir "$2" \
         --lora-tiers "$WORK/corpus/tiers.tsv" "${@:5}" \
-        --optimizer pruned_adam --lr 0.01 --dropout 0 \
+        --lora-shared-rank 32 --lora-embedding-rank 32 \
+        --optimizer pruned_adam --lr 0.004 --dropout 0 \
         --pruning-final-sparsity "$3" --pruning-begin 1 --pruning-duration 2 --pruning-scope "$4"
 }
 

@@ -17,6 +17,11 @@ _DECODER_DEFAULT = (
 )
 
 
+# What adapters that are begun anew have where the options are silent; a checkpoint's options say
+# what it has, and where they do not, it is older than the option and has none.
+NEW_ADAPTERS = {"lora_shared_rank": 16, "lora_embedding_rank": 16}
+
+
 def _option(default, text):
     return field(default=default, metadata={"help": text})
 
@@ -53,9 +58,9 @@ class LSLoConfig(Options):
         "code<TAB>tier (required unless a checkpoint is resumed)",
     )
     lora_rank: str = _option(
-        "8",
+        "4",
         "rank of every adapter, or of each tier: 'high=2,medium=2,low=8'; a language code may "
-        "stand for a tier and wins over it (default: 8)",
+        "stand for a tier and wins over it (default: 4)",
     )
     lora_alpha: Optional[str] = _option(
         None,
@@ -65,8 +70,9 @@ class LSLoConfig(Options):
     lora_shared_rank: int = _option(
         0,
         "rank of one more adapter beside those of the languages, in the same linears, that all "
-        "languages share: what they all need to learn is learned from all of them (default: 0, "
-        "none); with --lora-rank 0 it is the only one, plain LoRA",
+        "languages share: what they all need to learn is learned from all of them; 0 for none, and "
+        "with --lora-rank 0 it is the only one, plain LoRA (default of new adapters: "
+        f"{NEW_ADAPTERS['lora_shared_rank']})",
     )
     lora_shared_alpha: Optional[float] = _option(
         None, "alpha of the shared adapters (default: their rank, no scaling)"
@@ -74,7 +80,8 @@ class LSLoConfig(Options):
     lora_embedding_rank: int = _option(
         0,
         "rank of an adapter of the token embeddings, which all languages share; it acts wherever "
-        "they do: encoder, decoder and output projection (default: 0, none)",
+        "they do: encoder, decoder and output projection; 0 for none (default of new adapters: "
+        f"{NEW_ADAPTERS['lora_embedding_rank']} where these share one matrix)",
     )
     lora_freeze_shared: bool = _option(
         False,

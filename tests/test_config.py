@@ -30,7 +30,7 @@ def test_fields_and_defaults():
     config = LSLoConfig()
     assert {name: getattr(config, name) for name in LORA_FIELDS} == {
         "lora_tiers": None,
-        "lora_rank": "8",
+        "lora_rank": "4",
         "lora_alpha": None,
         "lora_shared_rank": 0,
         "lora_shared_alpha": None,
@@ -54,7 +54,7 @@ def test_defaults_of_a_12_layer_model_are_the_authors_9_and_3():
     assert config.encoder_index_side == "source*9,target*3"
     assert config.decoder_index_side == "target"
     assert len(plan.sites) == 12 * 5 + 12 * 8
-    assert plan.ranks == plan.alphas == (8, 8, 8)
+    assert plan.ranks == plan.alphas == (4, 4, 4)
     assert plan.dropout == 0.0
     assert {s.side for s in plan.sites if s.stack == "encoder" and s.layer < 9} == {"source"}
     assert {s.side for s in plan.sites if s.stack == "decoder" or s.layer >= 9} == {"target"}

@@ -280,12 +280,12 @@ def test_options_that_do_not_fit_the_model(corpus, args, told):
 
 def test_shared_adapters_are_counted(corpus):
     args = ["--checkpoint", corpus.base, "--lora-tiers", TIERS, "--max-tokens", "600", "--cpu"]
+    args += ["--lora-embedding-rank", "0"]
     found = {}
-    for rank, more in (("2", []), ("2", ["--lora-shared-rank", "3"]), ("0", ["3"])):
-        more = ["--lora-shared-rank", "3"] if more == ["3"] else more
-        _, lines, _ = diagnose(*args, "--lora-rank", rank, *more)
+    for rank, shared in (("2", "0"), ("2", "3"), ("0", "3")):
+        _, lines, _ = diagnose(*args, "--lora-rank", rank, "--lora-shared-rank", shared)
         assert not troubles(lines)
-        found[rank, bool(more)] = lines
+        found[rank, shared == "3"] = lines
     told = {key: lines["adapters"]["found"] for key, lines in found.items()}
     assert told["2", True].endswith(": 4 languages, 31 linears, shared adapters of rank 3")
     assert told["0", True].endswith(": 4 languages, 31 linears, shared adapters of rank 3 alone")
@@ -301,14 +301,15 @@ def test_the_embeddings_adapter_is_counted(corpus):
     args = ["--checkpoint", corpus.base, "--lora-tiers", TIERS]
     words = torch.load(corpus.base)["model"]["encoder.embed_tokens.weight"].size(0)
     counts = []
-    for more in ([], ["--lora-embedding-rank", "3"]):
+    for rank in ("0", "3"):
+        more = ["--lora-embedding-rank", rank]
         _, found, _ = diagnose(*args, *more, "--lora-shared-rank", "2")
         assert not troubles(found)
         counts.append(int(found["adapters"]["found"].split()[0].replace(",", "")))
     told = "31 linears, shared adapters of rank 2, an adapter of the embeddings of rank 3"
     assert found["adapters"]["found"].endswith(told)
     assert counts[1] - counts[0] == 3 * (32 + words)
-    _, found, _ = diagnose(*args, "--lora-rank", "0", *more)
+    _, found, _ = diagnose(*args, "--lora-rank", "0", "--lora-shared-rank", "0", *more)
     assert found["adapters"]["found"].endswith(
         "0 linears, an adapter of the embeddings of rank 3 alone"
     )

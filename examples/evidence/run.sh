@@ -97,5 +97,10 @@ step binarise "$WORK/data" binarise_all base few more
 train_base train_base "$WORK/base" "$BASE_UPDATES"
 train_base train_quarter "$WORK/quarter" "$((BASE_UPDATES / 4))"
 
+results="$ROOT/examples/evidence/results"
 cd "$ROOT/scripts/evidence"
 python evidence.py --work "$WORK"
+python evidence.py --work "$WORK" --base quarter --corpora few --systems full ours --seeds 1
+python report.py --work "$WORK" --out "$results"
+python report.py --work "$WORK" --base quarter --out "$results"
+# what each choice of settings is worth: python choices.py --work "$WORK" --out "$results"

@@ -26,6 +26,8 @@ VALID_LINES="${VALID_LINES:-47}"  # FLORES dev has 997 lines: these last ones va
 # ── adapters ──
 ARCH="${ARCH:-lslora_m2m_124_615m}"
 RANKS="${RANKS:-high=2,medium=2,low=8}"
+SHARED_RANK="${SHARED_RANK:-0}"       # of an adapter that all share; the authors have none
+EMBEDDING_RANK="${EMBEDDING_RANK:-0}" # of one of the embeddings
 SHAPE="${SHAPE:-square}"
 ENCODER_SIDES="${ENCODER_SIDES:-source*9,target*3}"
 DECODER_SIDES="${DECODER_SIDES:-target}"

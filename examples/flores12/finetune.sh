@@ -18,6 +18,7 @@ options=(
     --user-dir "$ROOT/lslora_fairseq" --task translation_multi_lslora
     "${LANGUAGE_ARGS[@]}"
     --arch "$ARCH" --lora-tiers "$TIERS" --lora-rank "$RANKS" --lora-shape "$SHAPE"
+    --lora-shared-rank "$SHARED_RANK" --lora-embedding-rank "$EMBEDDING_RANK"
     --encoder-target-modules "$ENCODER_MODULES" --decoder-target-modules "$DECODER_MODULES"
     "${sides[@]}"
     --optimizer pruned_adam --adam-betas '(0.9, 0.98)' --adam-eps 1e-8

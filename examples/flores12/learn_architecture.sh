@@ -59,8 +59,8 @@ RESULTS="$WORK/results_learned"
 for name in WORK MODEL_DIR FLORES_DIR SAVE_DIR RESULTS; do
     [ "${!name:0:1}" = / ] || printf -v "$name" '%s' "$PWD/${!name}"
 done
-for name in WORK MODEL_DIR FLORES_DIR SAVE_DIR RESULTS TIERS ARCH SHAPE RANKS ENCODER_SIDES \
-    DECODER_SIDES ENCODER_MODULES DECODER_MODULES; do
+for name in WORK MODEL_DIR FLORES_DIR SAVE_DIR RESULTS TIERS ARCH SHAPE RANKS SHARED_RANK \
+    EMBEDDING_RANK ENCODER_SIDES DECODER_SIDES ENCODER_MODULES DECODER_MODULES; do
     printf 'export %s=%q\n' "$name" "${!name}"
 done >"$LEARNED/settings.sh"
 cat "$LEARNED/settings.sh"

@@ -17,8 +17,8 @@ layer: there the languages of a layer compete for what pruning leaves of it. The
 language is the share of its entries of B that survive. The share of a tier is the mean of its
 languages. A layer as a whole keeps the share that the schedule says, so that languages and module
 types can be compared, but not one layer with another. Adapters that all languages share are pruned
-on their own; what survives of them is told in a row of its own, and is in no mean. So is what
-survives of the embeddings' adapter.
+on their own; what survives of them is told in a row of its own, and is in no mean. That of the
+embeddings is not pruned.
 """
 
 HEADER = ("language", "tier", "stack", "layer", "module", "side", "entries", "kept", "share")
@@ -128,8 +128,8 @@ def _summary(demand):
         f"demand: share of a language's entries of B that survive pruning\n"
         f"{len(demand.plan.languages)} languages, {rank}, {demand.sparsity:.1%} of all entries "
         f"removed, scope {demand.scope or 'unknown'}"
-        + f"; shared by all: rank {demand.plan.shared_rank}" * bool(demand.shared)
-        + f"; embeddings: rank {demand.plan.embedding_rank}" * bool(demand.plan.embedding_rank)
+        + f"; shared by all: rank {demand.plan.shared_rank}"
+        * bool(demand.shared)
     )
 
 
@@ -143,8 +143,6 @@ def _languages_table(demand):
     ]
     if demand.shared:
         rows.append(("(shared)", *map(tables.percent, shared(demand).values())))
-    if demand.embeddings is not None:
-        rows.append(("(embeddings)", "-", "-", tables.percent(demand.embedding_share())))
     return tables.aligned("<>>>", ("language", *MODULES, "all"), rows)
 
 
@@ -173,7 +171,6 @@ def _json(demand):
             "warnings": demand.warnings(),
             "languages": by_language(demand),
             "shared": shared(demand),
-            "embeddings": demand.embedding_share(),
             "layers": by_layer(demand),
             "modules": by_module(demand),
             "cells": [dict(zip(HEADER, row)) for row in cells(demand)],

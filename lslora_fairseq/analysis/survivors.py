@@ -27,7 +27,6 @@ class Demand:
             and took no part in pruning; they count as 0 in *kept*, and not in :attr:`sparsity`
         shared: site of the shared adapters -> entries of their B that survive; empty without any.
             They are no language's, and count nowhere else
-        embeddings: entries of B that survive of the embeddings' adapter, None without
         scope: the run's ``--pruning-scope``, None if the checkpoint does not tell
         final_sparsity: the share that the run was to remove in the end, None likewise
     """
@@ -37,7 +36,6 @@ class Demand:
     untrained: dict
     untouched: dict
     shared: dict
-    embeddings: Optional[int]
     scope: Optional[str]
     final_sparsity: Optional[float]
 
@@ -89,12 +87,6 @@ class Demand:
         sites = [site for site in self.shared if stack in (None, site.stack)]
         entries = sum(self.plan.shared_rank * site.out_features for site in sites)
         return sum(self.shared[site] for site in sites) / entries if sites else np.nan
-
-    def embedding_share(self):
-        """The share of the embeddings' adapter that survives, or None without one."""
-        if self.embeddings is None:
-            return None
-        return self.embeddings / (self.plan.embedding_rank * self.plan.embedding_site.out_features)
 
     def mean(self, shares, tier=None):
         """The mean of some shares over the languages of a tier; None for all languages."""
@@ -185,8 +177,7 @@ def measure(checkpoint):
         kept,
         {side: sorted(unheard) for side, unheard in silent.items() if unheard},
         {side: unheard for side, unheard in untouched.items() if unheard},
-        _kept_of_all(checkpoint, checkpoint.shared_adapters()),
-        _kept_of_all(checkpoint, checkpoint.embedding_adapters()).get(plan.embedding_site),
+        _kept_of_all(checkpoint),
         checkpoint.options.get("pruning_scope"),
         checkpoint.options.get("pruning_final_sparsity"),
     )
@@ -200,14 +191,10 @@ def measure(checkpoint):
     return demand
 
 
-def _kept_of_all(checkpoint, adapters):
-    """Site of some adapters that all languages share -> entries of their B that survive.
-
-    Args:
-        adapters: key -> sites
-    """
+def _kept_of_all(checkpoint):
+    """Site of the adapters that all languages share -> entries of their B that survive."""
     kept = {}
-    for key, sites in adapters.items():
+    for key, sites in checkpoint.shared_adapters().items():
         columns, _ = adapter_columns(sites)
         mask = checkpoint.kept(key)
         kept.update({site: int(mask[:, columns[site.module][1]].sum()) for site in sites})

@@ -44,15 +44,11 @@ class Trained:
         """As :meth:`adapters`, of those that all languages share."""
         return _by_adapters(self.plan.shared_sites)
 
-    def embedding_adapters(self):
-        """As :meth:`adapters`, of the embeddings' adapter."""
-        return _by_adapters([self.plan.embedding_site] if self.plan.embedding_site else [])
-
     def kept(self, key):
         """Which entries of a layer's adapters pruning has left.
 
         Args:
-            key: one of :meth:`adapters`, :meth:`shared_adapters` or :meth:`embedding_adapters`
+            key: one of :meth:`adapters` or :meth:`shared_adapters`
 
         Returns:
             (ranks of all languages, columns) bool

@@ -13,7 +13,7 @@ from lslora_fairseq.doctor.memory import Shape
 from lslora_fairseq.errors import ConfigError, UserError
 from lslora_fairseq.keys import EMBEDDINGS, RECORD, is_adapter_key
 from lslora_fairseq.models.lslora_transformer import LSLoTransformerModel
-from lslora_fairseq.tasks.options import restore_lora_options
+from lslora_fairseq.tasks.options import begin_adapters, restore_lora_options
 
 # What a base model was trained with need not be what it is fine-tuned with.
 NOT_TAKEN_OVER = {
@@ -63,6 +63,7 @@ def _options(inputs):
         options = Namespace(**sizes)
     options.checkpoint_activations = inputs.args.checkpoint_activations
     ARCH_CONFIG_REGISTRY[arch or "lslora_transformer"](options)
+    begin_adapters(options)
     return options
 
 

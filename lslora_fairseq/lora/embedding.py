@@ -2,7 +2,8 @@
 
 The embeddings E (words, d) are looked up in encoder and decoder and are the output projection, too;
 in all three places they become E + Bᵀ A, with A (r, d) and B (r, words). As in every adapter B is
-zero at first.
+zero at first. It is not pruned: there, unlike in the linears, most of what pruning removes is
+missed.
 """
 
 import torch
@@ -30,10 +31,8 @@ class _Adapted:
         del self.adapters
 
     def factors(self):
-        """A (r, d) and B (r, words); what is pruned of them is zero, and gets no gradient."""
+        """A (r, d) and B (r, words)."""
         weight = self.adapters.weight(0)
-        if self.adapters.is_pruned and weight.requires_grad and torch.is_grad_enabled():
-            weight = weight.masked_fill(~self.adapters.mask, 0)
         ((a, b),) = self.adapters.columns.values()
         return weight[:, a], weight[:, b]
 

@@ -15,8 +15,8 @@ class Pruner:
     *untouched* as long as its B is zero in every layer and none of its entries is pruned. It takes
     no part in any scope until its first update. Weights and masks alone tell, so that a resumed
     run, a second stage and a run on averaged weights see the same as one that never stopped.
-    Weights of sides are never pruned. The adapters that all languages share are a scope of their
-    own, in each layer where ``scope`` is ``layer``.
+    Weights of sides and the embeddings' adapter are never pruned. The adapters that all languages
+    share are a scope of their own, in each layer where ``scope`` is ``layer``.
 
     Args:
         masters: list of :class:`~lslora_fairseq.optim.masters.Master`
@@ -34,9 +34,11 @@ class Pruner:
     def __init__(self, masters, scope, target):
         self.masters, self.scope, self.target = masters, scope, target
         self._pieces = defaultdict(list)  # of what can be pruned
-        for master in masters:
-            if master.pieces[0].adapter.layer.sites:
-                self._pieces[master.key] += master.pieces
+        for piece in (piece for master in masters for piece in master.pieces):
+            sites = piece.adapter.layer.sites
+            if sites and sites[0].layer is not None:
+                adapter = piece.adapter
+                self._pieces[adapter.side, adapter.language].append(piece)
         self.has_newcomers = False
         self.refresh()
 
@@ -89,8 +91,8 @@ class Pruner:
             for piece in pieces:
                 site = piece.adapter.layer.sites[0]
                 where = key[1] if self.scope == "language" else (site.stack, site.layer)
-                if site.side == SHARED:  # competes with no language, nor words with linears
-                    where = where, SHARED, site.layer is None
+                if site.side == SHARED:  # competes with no language
+                    where = where, SHARED
                 for factor in self.target:
                     part = piece.part(factor)
                     groups[factor, where].append((piece.master[:, part], piece.mask[:, part]))

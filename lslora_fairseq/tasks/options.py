@@ -9,7 +9,7 @@ from argparse import Namespace
 from fairseq.checkpoint_utils import get_maybe_sharded_checkpoint_filename
 
 from lslora_fairseq.checkpoints import chosen_checkpoint, read_args
-from lslora_fairseq.config import LORA_FIELDS, LSLoConfig, PruningConfig
+from lslora_fairseq.config import LORA_FIELDS, NEW_ADAPTERS, LSLoConfig, PruningConfig
 from lslora_fairseq.errors import ConfigError, listed
 from lslora_fairseq.languages import Languages
 
@@ -172,6 +172,15 @@ def check_continued(args, path, saved, langs):
             f"{path} was trained with --langs {there}, this run has {here}: the order numbers the "
             "language tokens; resume with the old one"
         )
+
+
+def begin_adapters(args):
+    """Fills in the options of adapters that start anew, where neither the command line nor a
+    checkpoint gave them; the architecture's options must be there."""
+    for name, value in NEW_ADAPTERS.items():
+        if getattr(args, name, None) is None:
+            one_matrix = getattr(args, "share_all_embeddings", False)
+            setattr(args, name, value if one_matrix or name != "lora_embedding_rank" else 0)
 
 
 def restore_lora_options(args, path, saved, is_fresh=False):

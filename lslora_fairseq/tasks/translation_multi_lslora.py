@@ -108,11 +108,12 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
                 "the frozen base has random weights: name a pretrained model with "
                 "--finetune-from-model"
             )
-            return
-        saved = read_args(path)
-        if not is_fresh:
-            options.check_continued(args, path, saved, self.langs)
-        options.restore_lora_options(args, path, saved, is_fresh)
+        else:
+            saved = read_args(path)
+            if not is_fresh:
+                options.check_continued(args, path, saved, self.langs)
+            options.restore_lora_options(args, path, saved, is_fresh)
+        options.begin_adapters(args)
 
     def _check_languages(self, model, from_checkpoint):
         """Every language of the data has an adapter, every adapter a language token."""

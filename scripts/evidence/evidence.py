@@ -51,15 +51,13 @@ class Evidence:
         system, place, first = SYSTEMS[name], self.place(corpus, name), self.seeds[0]
         if system.is_learned:
             system = replace(system, options=system.options + self.learned(corpus, place))
-        epochs = EPOCHS[corpus]
+        half = EPOCHS[corpus] // 2
         tried = {
-            rate: self.train(f"{place}/tried", corpus, system, rate, first, epochs // 2)
+            rate: self.train(f"{place}/tried", corpus, system, rate, first, half)
             for rate in system.rates
         }
         rate = min(tried, key=lambda rate: min(tried[rate]))
-        losses = {
-            seed: self.train(place, corpus, system, rate, seed, epochs) for seed in self.seeds
-        }
+        losses = {seed: self.train(place, corpus, system, rate, seed) for seed in self.seeds}
         best = {seed: f"{self.run(place, rate, seed)}/{finetune.BEST}" for seed in self.seeds}
         penalty, valid = self.length_penalty(place, corpus, best[first])
         for seed, checkpoint in best.items():
@@ -86,7 +84,7 @@ class Evidence:
     def run(self, place, rate, seed):
         return f"{place}/lr_{rate:g}.seed_{seed}"
 
-    def train(self, place, corpus, system, rate, seed, epochs):
+    def train(self, place, corpus, system, rate, seed, epochs=None):
         """Trains once.
 
         Returns:
@@ -142,7 +140,7 @@ class Evidence:
         ):
             (rate,) = system.rates
             system = replace(system, options=system.options + words)
-            self.train(f"{place}/{name}", corpus, system, rate, first, EPOCHS[corpus])
+            self.train(f"{place}/{name}", corpus, system, rate, first)
             run = self.run(f"{place}/{name}", rate, first)
             command = ["lslora", ask[0], self.work / run / finetune.LAST, *ask[1:]]
             told = subprocess.run([*command, "--format", "flags"], capture_output=True, text=True)

@@ -10,7 +10,7 @@ import torch
 import toy
 from fairseq.models.transformer import TransformerModel
 from fairseq.sequence_generator import SequenceGenerator
-from test_identity import model_with, pruned_model
+from test_identity import model_with
 from test_lslora_transformer import beam_search, generation, without_targets
 from torch import nn
 from toy import CODES, Work, adapters, batch, build, dictionary, rows, set_adapters, stock
@@ -126,14 +126,6 @@ def test_gradients_are_those_of_the_formula(options):
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
     assert found[:, 16:].ne(0).all()  # of every word, the logits have each
     assert model.encoder.embed_tokens.weight.grad is None
-
-
-def test_what_is_pruned_gets_no_gradient():
-    model = pruned_model(3, **RANK)
-    model(**batch(PAIRS))[0].square().mean().backward()
-    holder = model.embedding_adapters
-    grad = holder.lora_shared.grad
-    assert holder.is_pruned and not grad[~holder.mask].any() and grad[holder.mask].ne(0).all()
 
 
 def test_frozen_it_passes_gradients_on_and_has_none():

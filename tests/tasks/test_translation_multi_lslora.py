@@ -37,7 +37,7 @@ def test_a_good_command_line_builds(data):
         ),
         ("--lora-tiers", "high=en,EN,de;low=fr,ja", "--lora-tiers: languages EN and en differ on"),
         ("--lora-rank", "high=2,medium=4", "--lora-rank: medium is neither a tier (high, low) nor"),
-        ("--lora-rank", "0", "--lora-rank: rank 0 of de must lie between 1 and 32"),
+        ("--lora-rank", "high=0,low=2", "--lora-rank: rank 0 of de must lie between 1 and 32"),
         ("--lora-rank", "33", "--lora-rank: rank 33 of de must lie between 1 and 32"),
         ("--lang-pairs", "en-ko", "en-ko: ko is absent from --langs (de,en,fr,ja): choose one"),
         ("--lang-pairs", "en-de,enfr", "--lang-pairs: cannot read 'enfr': write source-target"),
@@ -256,5 +256,5 @@ def test_a_sentencepiece_model_that_is_missing_or_none(data, tmp_path):
 
 def test_a_traceback_is_shown_on_request(data, monkeypatch):
     monkeypatch.setenv("LSLORA_TRACEBACK", "1")
-    with pytest.raises(ConfigError, match="^--lora-rank: rank 0 of de"):
-        build(with_option(training(data), "--lora-rank", "0"))
+    with pytest.raises(ConfigError, match="^--lora-rank: rank 33 of de"):
+        build(with_option(training(data), "--lora-rank", "33"))
