@@ -131,9 +131,9 @@ def generate_args(corpus, checkpoint, source, target, *more):
     ]  # fmt: skip
 
 
-def adapters_in(model):
-    """The adapters in a state dict of the models above, whose A and B are equally wide but for the
-    embeddings'.
+def adapters_in(model, embeddings=False):
+    """The adapters in a state dict of the models above, whose A and B are equally wide but for
+    that of the embeddings, which is left out unless asked for.
 
     Returns:
         dict of (layer, language) -> (A, B, mask of A, mask of B), each (rank, columns)
@@ -141,7 +141,7 @@ def adapters_in(model):
     found = {}
     for key, pruned in model.items():
         layer, _, name = key.rpartition(".")
-        if name != "pruned":
+        if name != "pruned" or (layer == "embedding_adapters" and not embeddings):
             continue
         mask = pruned == 0
         weights = {k: v for k, v in model.items() if k.startswith(f"{layer}.lora_")}

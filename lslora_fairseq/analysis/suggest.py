@@ -113,12 +113,11 @@ def kept_options(checkpoint):
     """What the next run takes over from the checkpoint: option -> value."""
     config = checkpoint.config
     kept = {"--lora-tiers": config.lora_tiers, "--lora-shape": config.lora_shape}
-    if config.lora_shared_rank:
-        kept["--lora-shared-rank"] = str(config.lora_shared_rank)
+    # also 0, which is not the default of new adapters
+    kept["--lora-shared-rank"] = str(config.lora_shared_rank)
     if config.lora_shared_alpha is not None:
         kept["--lora-shared-alpha"] = str(config.lora_shared_alpha)
-    if config.lora_embedding_rank:
-        kept["--lora-embedding-rank"] = str(config.lora_embedding_rank)
+    kept["--lora-embedding-rank"] = str(config.lora_embedding_rank)
     for stack, layers in checkpoint.layers.items():
         chosen = getattr(config, f"{stack}_lora_layers") or f"0-{layers - 1}"
         kept[f"--{stack}-lora-layers"] = chosen

@@ -257,9 +257,13 @@ class LSLoTransformerModel(TransformerModel):
         return sum(int((~mask).sum()) for mask in masks), sum(mask.numel() for mask in masks)
 
     def _layer_adapters(self):
-        """The :class:`LayerAdapters` that are trained."""
-        found = [m for m in self.modules() if isinstance(m, LayerAdapters)]
-        return [m for m in found if not (m.side == SHARED and self.plan.freeze_shared)]
+        """The :class:`LayerAdapters` of layers that are trained."""
+        found = [m for layer in self._layers() for m in layer.children()]
+        kept = {SHARED} if self.plan.freeze_shared else {}
+        return [m for m in found if isinstance(m, LayerAdapters) and m.side not in kept]
+
+    def _layers(self):
+        return itertools.chain(self.encoder.layers, self.decoder.layers)
 
     def source_shares(self):
         """p_src of every layer with learned weights (method, section 3); p_tgt is 1 − p_src.

@@ -203,8 +203,8 @@ def test_decoding(corpus, short_run, case):
 
 
 def test_a_traceback_on_request(corpus, save_dir):
-    args = with_option(finetune_args(corpus, save_dir), "--lora-rank", "0")
+    args = with_option(finetune_args(corpus, save_dir), "--lora-rank", "33")
     status, _, err = run("fairseq-train", *args, check=False, LSLORA_TRACEBACK="1")
     assert status == 1
     assert "Traceback (most recent call last)" in err
-    assert re.search(r"ConfigError: --lora-rank: rank 0 of de must lie between 1 and 32", err)
+    assert re.search(r"ConfigError: --lora-rank: rank 33 of de must lie between 1 and 32", err)

@@ -167,7 +167,7 @@ def test_directions_validate_one_by_one(corpus, tuned):
 
 
 def test_one_direction_is_trained(corpus, tmp_path):
-    """Only the adapters that it passes through move."""
+    """Only the adapters that it passes through move, and those of all."""
     args = finetune_args(corpus, tmp_path, "-s", "en", "-t", "de", "--disable-validation")
     run("fairseq-train", *with_option(args, "--max-epoch", "1"))
     model = torch.load(tmp_path / "checkpoint_last.pt")["model"]
@@ -176,7 +176,7 @@ def test_one_direction_is_trained(corpus, tmp_path):
         for (layer, code), (_, B, _, _) in adapters_in(model).items()
         if B.any()
     }
-    assert moved == {("source", "en"), ("target", "de")}
+    assert moved == {("source", "en"), ("target", "de"), ("shared", "shared")}
 
 
 def test_an_ensemble_with_the_stock_base(corpus, tuned):

@@ -57,7 +57,7 @@ def test_the_doctor_takes_weight_learning_from_the_checkpoint(learned):
     _, out, _ = lslora("doctor", "--checkpoint", learned[0], "--format", "json")
     (line,) = [line for line in json.loads(out)["lines"] if line["check"] == "adapters"]
     assert line["found"].startswith(f"{entries:,} trainable parameters, ")
-    assert line["found"].endswith(": 4 languages, 31 linears")  # 3 * 5 + 2 * 8
+    assert ": 4 languages, 31 linears, shared adapters of rank 16, " in line["found"]  # 3·5 + 2·8
 
 
 def test_sides_found_are_accepted_by_the_next_run(corpus, learned, tmp_path):

@@ -23,7 +23,7 @@ def test_only_adapters_moved(corpus, finetuned):
     frozen = [key for key in tuned if key.endswith((".weight", ".bias"))]
     assert len(frozen) > 80 and all(torch.equal(tuned[key], base[key]) for key in frozen)
     adapters = adapters_in(tuned)
-    assert len(adapters) == (3 + 2) * 4
+    assert len(adapters) == (3 + 2) * (4 + 1)  # languages, and shared
     assert all(B.any() for _, B, _, _ in adapters.values())
 
 

@@ -50,7 +50,7 @@ def test_frozen_they_keep_every_bit_in_a_further_stage(corpus, first, tmp_path):
     for what in ("all", "embeddings"):
         assert re.search(rf"^kept +4  shared +{what} +0 ", out, re.M)
     assert "are this run's; the shared adapters stay as they are; of the others, " in out
-    before, after = adapters_in(model_of(first)), adapters_in(model_of(tmp_path))
+    before, after = (adapters_in(model_of(f), embeddings=True) for f in (first, tmp_path))
     moved, pruned = set(), 0
     for (layer, owner), (A, B, _, mask) in before.items():
         here = after[layer, owner]
