@@ -67,7 +67,9 @@ def test_a_run_with_the_flags_trains_the_parameters_that_were_promised(tmp_path,
     tiers = flags.pop("lora_tiers")
     assert tiers == toy.OPTIONS["lora_tiers"]
     shared = {name: kind(flags.pop(name)) for name, kind in SHARED.items() if name in flags}
-    assert shared == {name: value for name, value in options.items() if name in SHARED}
+    # 0 is said, too: new adapters would have others
+    none = {"lora_shared_rank": 0, "lora_embedding_rank": 0}
+    assert shared == {**none, **{name: options[name] for name in options if name in SHARED}}
     model = toy.build(**flags, **shared)
     assert sum(p.numel() for p in toy.adapters(model)) == report["used"] <= 12_000
     sides = {(site.stack, site.layer, site.side) for site in model.plan.sites}
@@ -302,7 +304,9 @@ def test_the_formats_hold_the_same_and_the_flags_are_options(tmp_path):
     used = report["used"]
     assert used == sum(int(row["parameters"]) for row in rows) <= report["budget"]
     assert f"{used:,} of 2,120 parameters, {used / BASE:.2%} of the base model's 848" in lines
-    config = LSLoConfig.from_namespace(Namespace(**as_options(report["flags"])))
+    options = as_options(report["flags"])
+    assert [options.pop(name) for name in ("lora_shared_rank", "lora_embedding_rank")] == ["0"] * 2
+    config = LSLoConfig.from_namespace(Namespace(**options))
     sizes = {"fc1": (4, 8), "fc2": (8, 4)}
     dims = {module: sizes.get(module, (4, 4)) for module in handmade.MODULES["decoder"]}
     plan = resolve(config, handmade.LAYERS, dict.fromkeys(handmade.LAYERS, dims))

@@ -37,10 +37,8 @@ def test_they_step_with_every_batch_and_absent_languages_keep_every_bit(inner):
 def test_that_of_the_embeddings_is_trained_and_not_pruned(inner, scope, target, options):
     """With every batch, and what is pruned of the others is the same as without it."""
     masks = []
-    for rank in (2, 0):
+    for rank in (2,) if options == {"lora_rank": "0"} else (2, 0):
         model = build(lora_embedding_rank=rank, **options)
-        if not (model.plan.all_sites or rank):
-            continue
         how = {"pruning_scope": scope, "pruning_target": target}
         optimizer = optimizer_for(set_adapters(model), inner, weight_decay=0.1, **how)
         share = optimizer.prune_at(3, 0)
@@ -52,9 +50,8 @@ def test_that_of_the_embeddings_is_trained_and_not_pruned(inner, scope, target, 
             update(model, optimizer, ALL)
             assert (holder.lora_shared.detach() != before).float().mean() > 0.9
             assert not masks[0].pop("embedding_adapters.pruned").any()
-    if len(masks) == 2 and options:
-        for key in masks[1]:
-            assert torch.equal(masks[0][key], masks[1][key]), key
+    for key in masks[-1]:
+        assert torch.equal(masks[0][key], masks[-1][key]), key
 
 
 @pytest.mark.parametrize("scope", ["language", "layer"])
