@@ -82,6 +82,7 @@ train_base() {
 }
 
 start evidence_work
+export PYTHONPATH="$ROOT/scripts" # corpus.py shares the cleaning of po_corpus.py
 pairs="$(printf 'en-%s,%s-en,' $(for la in "${LANGUAGES[@]}"; do echo "$la" "$la"; done))"
 pairs="${pairs%,}"
 step download "$WORK/packages" download
