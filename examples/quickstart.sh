@@ -17,16 +17,6 @@ FINETUNE_PRODUCTS=(django==5.2.19 wagtail==8.0.1)
 BASE_UPDATES=1800
 FULL_RATES=(0.003 0.001) # of full fine-tuning; the better one is kept
 
-# binarise CORPUS LANGUAGE
-binarise() {
-    logged "$LOGS/binarise.$1.en-$2.log" fairseq-preprocess --source-lang en --target-lang "$2" \
-        --trainpref "$WORK/pieces/$1/train.en-$2" --validpref "$WORK/pieces/$1/valid.en-$2" \
-        --testpref "$WORK/pieces/$1/test.en-$2" --destdir "$WORK/data/$1" \
-        --srcdict "$WORK/pieces/dict.txt" --tgtdict "$WORK/pieces/dict.txt" >/dev/null || return
-    echo "binarised $1 en-$2"
-}
-export -f binarise
-
 # full_finetuning COMMAND... RATE : trains with that learning rate
 full_finetuning() {
     local rate="${*:$#}"
@@ -39,10 +29,6 @@ export -f full_finetuning
 full_finetunings() {
     tr ' ' '\n' <<<"$1" | side_by_side full_finetuning "${@:2}" &&
         python "$ROOT/scripts/best_checkpoint.py" "$WORK"/full/lr_* --out "$WORK/full"
-}
-
-binarise_all() {
-    printf '%s\n' "${LANGUAGES[@]}" | side_by_side binarise "$1"
 }
 
 start quickstart_work

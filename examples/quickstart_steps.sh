@@ -16,13 +16,6 @@ SIZES=(
 # shellcheck source=steps.sh
 source "$ROOT/examples/steps.sh"
 
-# Prints the directions, one a line.
-directions() {
-    local language
-    for language in "${LANGUAGES[@]}"; do
-        printf '%s\n' "en-$language" "$language-en"
-    done
-}
 pairs="$(directions | paste -sd, -)"
 
 # what all fine-tunings share

@@ -125,3 +125,29 @@ side_by_side() { # FUNCTION ARGUMENT... : calls it with each line of stdin as it
     xargs -P "$JOBS" -I '{}' bash -o pipefail -c '"$@"' side_by_side "$@" '{}'
 }
 export -f quoted logged progress
+
+# binarise CORPUS LANGUAGE
+binarise() {
+    logged "$LOGS/binarise.$1.en-$2.log" fairseq-preprocess --source-lang en --target-lang "$2" \
+        --trainpref "$WORK/pieces/$1/train.en-$2" --validpref "$WORK/pieces/$1/valid.en-$2" \
+        --testpref "$WORK/pieces/$1/test.en-$2" --destdir "$WORK/data/$1" \
+        --srcdict "$WORK/pieces/dict.txt" --tgtdict "$WORK/pieces/dict.txt" >/dev/null || return
+    echo "binarised $1 en-$2"
+}
+export -f binarise
+
+# binarise_all CORPUS... : from and into all LANGUAGES
+binarise_all() {
+    local corpus
+    for corpus in "$@"; do
+        printf '%s\n' "${LANGUAGES[@]}" | side_by_side binarise "$corpus" || return
+    done
+}
+
+# Prints the directions from and into LANGUAGES, one a line.
+directions() {
+    local language
+    for language in "${LANGUAGES[@]}"; do
+        printf '%s\n' "en-$language" "$language-en"
+    done
+}

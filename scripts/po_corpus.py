@@ -218,15 +218,21 @@ def build(args):
     return counts
 
 
-def write_tables(folder, languages, counts):
-    """Writes counts.tsv and tiers.tsv; English, a side of every pair, is in the high tier."""
-    columns = [(group, name) for group in GROUPS for name in SPLITS]
+def write_tables(folder, languages, counts, groups, tiers_by):
+    """Writes counts.tsv and tiers.tsv; English, a side of every pair, is in the high tier.
+
+    Args:
+        counts: (group, split, language) -> number of pairs
+        groups: the groups, in the order of the columns
+        tiers_by: the group whose training text gives the tiers
+    """
+    columns = [(group, name) for group in groups for name in SPLITS]
     rows = [["language", *map(".".join, columns)]]
     rows += [[code, *(counts[(*column, code)] for column in columns)] for code in languages]
     table = "".join("\t".join(map(str, row)) + "\n" for row in rows)
     (folder / "counts.tsv").write_text(table, encoding="utf-8")
     print(table, end="", file=sys.stderr)
-    train = {code: counts["finetune", "train", code] for code in languages}
+    train = {code: counts[tiers_by, "train", code] for code in languages}
     tiers = {"en": "high"} | {code: tier(n, max(train.values())) for code, n in train.items()}
     lines = "".join(f"{code}\t{name}\n" for code, name in tiers.items())
     (folder / "tiers.tsv").write_text(lines, encoding="utf-8")
@@ -263,7 +269,7 @@ def main():
     for language in languages:
         if not counts["finetune", "train", language]:
             sys.exit(f"po_corpus.py: error: no fine-tuning message in {language!r}: drop it")
-    write_tables(args.out, languages, counts)
+    write_tables(args.out, languages, counts, GROUPS, tiers_by="finetune")
 
 
 if __name__ == "__main__":

@@ -76,8 +76,8 @@ def significance(p):
 
 
 def count_adapters(model, codes):
-    """(parameters, entries of B, pruned entries of B) of the adapters of these languages; those
-    that all languages share count where these are all."""
+    """(parameters, entries of B that can be pruned, those that are) of the adapters of these
+    languages; what all languages share counts where these are all."""
     parameters = entries = pruned = 0
     languages = [model.languages.index(code) for code in codes]
     are_all = len(codes) == len(model.languages)
@@ -89,11 +89,7 @@ def count_adapters(model, codes):
                 entries += mask.numel()
                 pruned += int((~mask).sum())
     if model.plan.embedding_site and are_all:
-        adapters = model.embedding_adapters
-        mask = adapters.mask[:, adapters.width_A :]
-        parameters += adapters.mask.numel()
-        entries += mask.numel()
-        pruned += int((~mask).sum())
+        parameters += model.embedding_adapters.mask.numel()  # and is not pruned
     return parameters, entries, pruned
 
 

@@ -44,23 +44,6 @@ unpack() {
     done | tee "$WORK/programs/versions.txt"
 }
 
-# binarise CORPUS LANGUAGE
-binarise() {
-    logged "$LOGS/binarise.$1.en-$2.log" fairseq-preprocess --source-lang en --target-lang "$2" \
-        --trainpref "$WORK/pieces/$1/train.en-$2" --validpref "$WORK/pieces/$1/valid.en-$2" \
-        --testpref "$WORK/pieces/$1/test.en-$2" --destdir "$WORK/data/$1" \
-        --srcdict "$WORK/pieces/dict.txt" --tgtdict "$WORK/pieces/dict.txt" >/dev/null || return
-    echo "binarised $1 en-$2"
-}
-export -f binarise
-
-binarise_all() {
-    local corpus language
-    for corpus in "$@"; do
-        for language in "${LANGUAGES[@]}"; do echo "$corpus $language"; done
-    done | xargs -P "$JOBS" -L 1 bash -o pipefail -c 'binarise "$@"' binarise
-}
-
 # train_base STEP FOLDER UPDATES : stock fairseq's own transformer and task
 train_base() {
     OMP_NUM_THREADS="$JOBS" step "$1" "$2" \
@@ -83,8 +66,7 @@ train_base() {
 
 start evidence_work
 export PYTHONPATH="$ROOT/scripts" # corpus.py shares the cleaning of po_corpus.py
-pairs="$(printf 'en-%s,%s-en,' $(for la in "${LANGUAGES[@]}"; do echo "$la" "$la"; done))"
-pairs="${pairs%,}"
+pairs="$(directions | paste -sd, -)"
 step download "$WORK/packages" download
 step unpack "$WORK/programs" unpack
 follows "$(checksum "$ROOT"/scripts/{po_corpus,evidence/corpus}.py)"

@@ -124,12 +124,12 @@ def _table(demand):
 def _summary(demand):
     ranks = sorted(set(demand.plan.ranks))
     rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    of_all = f"; shared by all: rank {demand.plan.shared_rank}" if demand.shared else ""
     return (
         f"demand: share of a language's entries of B that survive pruning\n"
         f"{len(demand.plan.languages)} languages, {rank}, {demand.sparsity:.1%} of all entries "
         f"removed, scope {demand.scope or 'unknown'}"
-        + f"; shared by all: rank {demand.plan.shared_rank}"
-        * bool(demand.shared)
+        f"{of_all}"
     )
 
 

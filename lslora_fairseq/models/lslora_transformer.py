@@ -259,7 +259,7 @@ class LSLoTransformerModel(TransformerModel):
     def _layer_adapters(self):
         """The :class:`LayerAdapters` of layers that are trained."""
         found = [m for layer in self._layers() for m in layer.children()]
-        kept = {SHARED} if self.plan.freeze_shared else {}
+        kept = (SHARED,) if self.plan.freeze_shared else ()
         return [m for m in found if isinstance(m, LayerAdapters) and m.side not in kept]
 
     def _layers(self):

@@ -34,11 +34,11 @@ class Pruner:
     def __init__(self, masters, scope, target):
         self.masters, self.scope, self.target = masters, scope, target
         self._pieces = defaultdict(list)  # of what can be pruned
-        for piece in (piece for master in masters for piece in master.pieces):
-            sites = piece.adapter.layer.sites
-            if sites and sites[0].layer is not None:
-                adapter = piece.adapter
-                self._pieces[adapter.side, adapter.language].append(piece)
+        for master in masters:
+            for piece in master.pieces:
+                sites = piece.adapter.layer.sites
+                if sites and sites[0].layer is not None:
+                    self._pieces[master.key].append(piece)
         self.has_newcomers = False
         self.refresh()
 

@@ -177,10 +177,11 @@ def check_continued(args, path, saved, langs):
 def begin_adapters(args):
     """Fills in the options of adapters that start anew, where neither the command line nor a
     checkpoint gave them; the architecture's options must be there."""
+    several = getattr(args, "adaptive_softmax_cutoff", None) is not None
+    several |= not getattr(args, "share_all_embeddings", False)  # matrices of embeddings
     for name, value in NEW_ADAPTERS.items():
         if getattr(args, name, None) is None:
-            one_matrix = getattr(args, "share_all_embeddings", False)
-            setattr(args, name, value if one_matrix or name != "lora_embedding_rank" else 0)
+            setattr(args, name, 0 if several and name == "lora_embedding_rank" else value)
 
 
 def restore_lora_options(args, path, saved, is_fresh=False):

@@ -20,7 +20,16 @@ import sys
 from pathlib import Path
 
 import polib
-from po_corpus import SPLITS, normalise, split, texts, tier, usable, without, write_split
+from po_corpus import (
+    SPLITS,
+    normalise,
+    split,
+    texts,
+    usable,
+    without,
+    write_split,
+    write_tables,
+)
 
 GROUPS = ("base", "few", "more")
 MNEMONIC = re.compile(r"[~_&](?=\w)")  # marks the letter that an Alt key reaches
@@ -117,20 +126,6 @@ def _first(pairs, number, seed):
     }
 
 
-def write_tables(folder, languages, counts):
-    """Writes counts.tsv and tiers.tsv; English, a side of every pair, is in the high tier."""
-    columns = [(group, name) for group in GROUPS for name in SPLITS]
-    rows = [["language", *map(".".join, columns)]]
-    rows += [[code, *(counts[(*column, code)] for column in columns)] for code in languages]
-    table = "".join("\t".join(map(str, row)) + "\n" for row in rows)
-    (folder / "counts.tsv").write_text(table, encoding="utf-8")
-    print(table, end="", file=sys.stderr)
-    train = {code: counts["base", "train", code] for code in languages}
-    tiers = {"en": "high"} | {code: tier(n, max(train.values())) for code, n in train.items()}
-    lines = "".join(f"{code}\t{name}\n" for code, name in tiers.items())
-    (folder / "tiers.tsv").write_text(lines, encoding="utf-8")
-
-
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -156,7 +151,7 @@ def main():
         counts = build(args)
     except FileNotFoundError as error:
         sys.exit(f"mo_corpus.py: error: {error}")
-    write_tables(args.out, args.languages, counts)
+    write_tables(args.out, args.languages, counts, GROUPS, tiers_by="base")
 
 
 if __name__ == "__main__":

@@ -156,7 +156,7 @@ def test_tiers_come_from_the_counts(count, tier):
 
 def test_tables(corpus):
     folder, counts = corpus
-    po_corpus.write_tables(folder / "out", ["de", "fr"], counts)
+    po_corpus.write_tables(folder / "out", ["de", "fr"], counts, po_corpus.GROUPS, "finetune")
     tiers = (folder / "out" / "tiers.tsv").read_text()
     assert tiers.startswith("en\thigh\nde\thigh\nfr\t")
     heading, de, _ = (folder / "out" / "counts.tsv").read_text().splitlines()

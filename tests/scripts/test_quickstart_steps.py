@@ -218,7 +218,7 @@ def test_a_change_within_a_function_starts_its_steps_over(recipe):
         ("quickstart.sh", "_full.$rate.log", "_full_$rate.log", "finetune_full"),
         ("quickstart.sh", "(0.003 0.001)", "(0.003)", "finetune_full"),
         ("quickstart_steps.sh", "--clip-norm 1.0", "--clip-norm 2.0", "finetune_full"),
-        ("quickstart.sh", "--srcdict ", "--joined-dictionary --srcdict ", "binarise_base"),
+        ("steps.sh", "--srcdict ", "--joined-dictionary --srcdict ", "binarise_base"),
         ("steps.sh", "OMP_NUM_THREADS=1 ", "OMP_NUM_THREADS=2 ", "binarise_base"),
     ):
         recipe.edit(f"examples/{script}", old, new)

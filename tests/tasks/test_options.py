@@ -10,7 +10,7 @@ from commands import build, decoding, refused, set_up_decoding, training
 from console import LANGS, PAIRS, with_option, without
 
 from lslora_fairseq.errors import ConfigError
-from lslora_fairseq.tasks.options import check_continued, restore_lora_options
+from lslora_fairseq.tasks.options import begin_adapters, check_continued, restore_lora_options
 
 
 def checkpoint(path, **more):
@@ -136,6 +136,32 @@ def test_of_two_long_lists_the_message_shows_where_they_differ():
     )
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
         restore_lora_options(tiers, "x.pt", saved)
+
+
+RANKS = ("lora_shared_rank", "lora_embedding_rank")
+
+
+@pytest.mark.parametrize(
+    "given, ranks",
+    [
+        ({"share_all_embeddings": True}, (16, 16)),
+        ({"share_all_embeddings": True, "lora_shared_rank": 0}, (0, 16)),
+        ({"share_all_embeddings": True, "lora_embedding_rank": 3}, (16, 3)),
+        ({}, (16, 0)),  # several matrices
+        ({"share_all_embeddings": True, "adaptive_softmax_cutoff": "9"}, (16, 0)),
+    ],
+)
+def test_new_adapters_are_shared_and_of_embeddings_too_unless_told(given, ranks):
+    args = Namespace(**given)
+    begin_adapters(args)
+    assert tuple(getattr(args, name) for name in RANKS) == ranks
+
+
+def test_a_checkpoint_older_than_the_options_has_none():
+    args = Namespace(share_all_embeddings=True)
+    restore_lora_options(args, "x.pt", {"lora_tiers": "all=de,en"}, is_fresh=True)
+    begin_adapters(args)
+    assert [getattr(args, name) for name in RANKS] == [0, 0]
 
 
 def test_a_resumed_run_refuses_another_optimizer_unless_it_is_reset(data, tmp_path):
