@@ -83,10 +83,11 @@ class LSLoConfig(Options):
         "they do: encoder, decoder and output projection; 0 for none (default of new adapters: "
         f"{NEW_ADAPTERS['lora_embedding_rank']} where these share one matrix)",
     )
-    lora_freeze_shared: bool = _option(
-        False,
-        "keep the shared adapters as the checkpoint that training starts from has them: what a "
-        "language learns from here on then changes no other one",
+    lora_train_languages: Optional[str] = _option(
+        None,
+        "comma-separated codes: a further stage trains the adapters of these languages alone, and "
+        "keeps all others, the shared ones too, as its checkpoint has them; directions without "
+        "these languages stay what they were, to the last bit (default: all are trained)",
     )
     lora_dropout: float = _option(
         0.0, "probability of dropping an entry of the adapters' input in training (default: 0)"
@@ -203,7 +204,8 @@ class AdapterPlan:
         weight_learning: whether each layer learns how much of either side it wants
         shared_sites: every linear with an adapter that all languages share
         shared_rank, shared_alpha: of these
-        freeze_shared: whether these, and that of the embeddings, stay as they are
+        trained: the languages whose adapters are trained, in the inventory's order, where all
+            others and what is shared stay as they are; None where everything is trained
         embedding_site: the output projection, if it and the embeddings have an adapter
         embedding_rank: of that
     """
@@ -217,7 +219,7 @@ class AdapterPlan:
     shared_sites: tuple = ()
     shared_rank: int = 0
     shared_alpha: float = 0
-    freeze_shared: bool = False
+    trained: Optional[tuple] = None
     embedding_site: Optional[plan.Site] = None
     embedding_rank: int = 0
 
@@ -229,12 +231,18 @@ class AdapterPlan:
         """Whether any site is indexed by this side's language."""
         return any(site.side == side for site in self.sites)
 
+    def trains(self, owner):
+        """Whether a language's adapters are trained; any other owner stands for what is shared."""
+        return self.trained is None or owner in self.trained
+
     def table(self, base_parameters):
         """Trainable parameters per tier, side and module type, and their share of the base."""
         languages = self.languages
         rows = []
-        for tier in languages.tiers if self.sites else ():
-            members = [i for i, code in enumerate(languages.codes) if languages.tier(code) == tier]
+        trained = [code for code in languages.codes if self.trains(code)]
+        tiers = dict.fromkeys(map(languages.tier, trained))
+        for tier in tiers if self.sites else ():
+            members = [languages.index(code) for code in trained if languages.tier(code) == tier]
             count = Counter()
             for site in self.sites:
                 count[site.side, site.module] += sum(site.entries(self.ranks[i]) for i in members)
@@ -243,17 +251,21 @@ class AdapterPlan:
             rows.append((tier, len(members), "all", "all", sum(count.values())))
         if self.shared_sites:
             count = Counter()
-            for site in () if self.freeze_shared else self.shared_sites:
+            for site in self.shared_sites if self.trains(plan.SHARED) else ():
                 count[site.module] += site.entries(self.shared_rank)
             rows += [("for all", "", plan.SHARED, *item) for item in count.items()]
-            name = "kept" if self.freeze_shared else "for all"
+            name = "for all" if self.trains(plan.SHARED) else "kept"
             rows.append((name, len(languages), plan.SHARED, "all", sum(count.values())))
         if self.embedding_site:
-            count = 0 if self.freeze_shared else self.embedding_site.entries(self.embedding_rank)
-            name = "kept" if self.freeze_shared else "for all"
+            is_trained = self.trains(plan.SHARED)
+            count = is_trained * self.embedding_site.entries(self.embedding_rank)
+            name = "for all" if is_trained else "kept"
             rows.append((name, len(languages), plan.SHARED, "embeddings", count))
+        kept = len(languages) - len(trained)
+        if kept:
+            rows.append(("kept", kept, "all", "all", 0))
         total = sum(row[-1] for row in rows if row[1])
-        if self.weight_learning:  # w of either side in every layer
+        if self.weight_learning and self.trained is None:  # w of either side in every layer
             layers = {(site.stack, site.layer) for site in self.sites}
             rows.append(("", "", "both", "side weights", 2 * len(layers)))
             total += 2 * len(layers)
@@ -326,15 +338,14 @@ def resolve(config, layers, dims):
     embedding_rank, embedding_site = config.lora_embedding_rank, None
     if embedding_rank:
         embedding_site = _embedding_site(embedding_rank, dims.get("embeddings"))
-    if config.lora_freeze_shared and not shared_rank and not embedding_rank:
-        raise ConfigError(
-            "--lora-freeze-shared keeps shared adapters, and there are none: leave it out"
-        )
     if (shared_rank or embedding_rank) and not any(ranks):
         _check_plain(config)
         sites, alphas = (), ranks
     else:
         plan.check_ranks(ranks, languages.codes, sites, "--lora-rank")
+    trained = None
+    if config.lora_train_languages is not None:
+        trained = languages.subset(config.lora_train_languages, "--lora-train-languages")
     config.lora_tiers = languages.spec
     return AdapterPlan(
         languages,
@@ -346,7 +357,7 @@ def resolve(config, layers, dims):
         tuple(shared_sites) if shared_rank else (),
         shared_rank,
         shared_alpha or 0,
-        config.lora_freeze_shared,
+        trained,
         embedding_site,
         embedding_rank,
     )
@@ -376,9 +387,9 @@ def _check_plain(config):
     for option, is_given, why in (
         ("--lora-weight-learning", config.lora_weight_learning, "weighs adapters of languages"),
         (
-            "--lora-freeze-shared",
-            config.lora_freeze_shared,
-            "leaves adapters of languages to train",
+            "--lora-train-languages",
+            config.lora_train_languages is not None,
+            "names adapters of languages to train",
         ),
         ("--lora-alpha", config.lora_alpha is not None, "scales adapters of languages"),
     ):

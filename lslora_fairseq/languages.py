@@ -87,6 +87,22 @@ class Languages:
             for tier in self.tiers
         )
 
+    def subset(self, text, option):
+        """The languages of ``'oc,wo'``, in the stable order.
+
+        Raises:
+            ConfigError: there is none, or one is not in the inventory.
+        """
+        codes = set(_split(text, ","))
+        unknown = sorted(code for code in codes if code not in self)
+        if unknown or not codes:
+            found = listed(unknown) or repr(text)
+            raise ConfigError(
+                f"{option} names {found}, and not languages of --lora-tiers: choose some of "
+                f"{listed(self.codes)}"
+            )
+        return tuple(code for code in self.codes if code in codes)
+
     def per_language(self, text, option, convert):
         """One value for each language, in the stable order.
 

@@ -35,7 +35,7 @@ def test_fields_and_defaults():
         "lora_shared_rank": 0,
         "lora_shared_alpha": None,
         "lora_embedding_rank": 0,
-        "lora_freeze_shared": False,
+        "lora_train_languages": None,
         "lora_dropout": 0.0,
         "encoder_target_modules": "self_attn.q_proj,self_attn.k_proj,self_attn.v_proj,fc1,fc2",
         "decoder_target_modules": "self_attn.q_proj,self_attn.k_proj,self_attn.v_proj,"
@@ -150,8 +150,12 @@ def test_weight_learning_has_an_adapter_of_either_side_at_every_site():
             "--lora-shared-rank, or leave it out",
         ),
         (
-            {"lora_freeze_shared": True},
-            "--lora-freeze-shared keeps shared adapters, and there are none: leave it out",
+            {"lora_train_languages": "oc,en,wo"},
+            "--lora-train-languages names oc, wo, and not languages of --lora-tiers: choose",
+        ),
+        (
+            {"lora_train_languages": " ,"},
+            "--lora-train-languages names ' ,', and not languages of --lora-tiers: choose",
         ),
         (
             {"lora_rank": "0", "lora_shared_rank": 2, "lora_weight_learning": True},
@@ -159,8 +163,8 @@ def test_weight_learning_has_an_adapter_of_either_side_at_every_site():
             "none: leave it out, or give --lora-rank",
         ),
         (
-            {"lora_rank": "0", "lora_shared_rank": 2, "lora_freeze_shared": True},
-            "--lora-freeze-shared leaves adapters of languages to train, and with --lora-rank 0",
+            {"lora_rank": "0", "lora_shared_rank": 2, "lora_train_languages": "en"},
+            "--lora-train-languages names adapters of languages to train, and with --lora-rank 0",
         ),
         (
             {"lora_rank": "0", "lora_shared_rank": 2, "lora_alpha": "4"},
@@ -243,7 +247,7 @@ def test_the_table_counts_by_tier_side_and_module():
 
 def test_shared_adapters_sit_where_those_of_languages_do():
     _, plan = resolved(lora_shared_rank=4, lora_shape="square", encoder_lora_layers="1,3")
-    assert (plan.shared_rank, plan.shared_alpha, plan.freeze_shared) == (4, 4, False)
+    assert (plan.shared_rank, plan.shared_alpha, plan.trained) == (4, 4, None)
     assert [(s.name, s.in_features, s.out_features) for s in plan.shared_sites] == [
         (s.name, s.in_features, s.out_features) for s in plan.sites
     ]
@@ -266,7 +270,6 @@ def test_rank_0_for_all_leaves_the_embeddings_adapter_alone():
     site = plan.embedding_site
     assert (site.name, site.entries(4)) == ("decoder.output_projection", 4 * (16 + 100))
     assert resolved()[1].embedding_site is None
-    assert resolved(lora_embedding_rank=4, lora_freeze_shared=True)[1].freeze_shared
 
 
 SHARED_ROWS = [
@@ -281,11 +284,23 @@ EMBEDDINGS_ROW = ["for", "all", "3", "shared", "embeddings", "232", "2.320%"]
     [
         ({}, SHARED_ROWS, "2,880"),
         ({"lora_rank": "0"}, SHARED_ROWS, "960"),
-        ({"lora_freeze_shared": True}, [["kept", "3", "shared", "all", "0", "0.000%"]], "1,920"),
+        (
+            {"lora_train_languages": "de,en,fr"},
+            [["kept", "3", "shared", "all", "0", "0.000%"]],
+            "1,920",
+        ),
+        (
+            {"lora_train_languages": "fr"},
+            [
+                ["kept", "3", "shared", "all", "0", "0.000%"],
+                ["kept", "2", "all", "all", "0", "0.000%"],
+            ],
+            "640",
+        ),
         ({"lora_embedding_rank": 2}, [*SHARED_ROWS, EMBEDDINGS_ROW], "3,112"),
         ({"lora_rank": "0", "lora_embedding_rank": 2}, [*SHARED_ROWS, EMBEDDINGS_ROW], "1,192"),
         (
-            {"lora_embedding_rank": 2, "lora_freeze_shared": True},
+            {"lora_embedding_rank": 2, "lora_train_languages": "fr,en,de"},
             [["kept", "3", "shared", what, "0", "0.000%"] for what in ("all", "embeddings")],
             "1,920",
         ),
@@ -300,7 +315,8 @@ def test_the_table_counts_shared_adapters_once(options, shared, total):
     lines = [line.split() for line in plan.table(10_000).splitlines()]
     share = f"{int(total.replace(',', '')) / 10_000:.3%}"
     assert lines[-1 - len(shared) :] == [*shared, ["total", "3", "all", "all", total, share]]
-    assert ("high" in {line[0] for line in lines}) == bool(plan.sites)
+    tiers = {plan.languages.tier(code) for code in plan.trained or plan.languages.codes}
+    assert {line[0] for line in lines} & {"high", "low"} == (tiers if plan.sites else set())
 
 
 def pruning(**options):

@@ -267,8 +267,8 @@ def test_data_that_is_cut_short(corpus, tmp_path):
         (["--arch", "lslora_m2m"], "--arch lslora_m2m is unknown: choose one of lslora_m2m_100_1b"),
         (["--lora-rank", "99"], "--lora-rank: rank 99 of de must lie between 1 and 32"),
         (
-            ["--lora-shared-rank", "2", "--lora-freeze-shared"],
-            "--lora-freeze-shared keeps shared adapters, and",
+            ["--lora-shared-rank", "2", "--lora-train-languages", "en"],
+            "--lora-train-languages keeps the other languages' adapters, and",
         ),
     ],
 )

@@ -12,6 +12,7 @@ from lslora_fairseq.keys import is_adapter_key
 from lslora_fairseq.models.lslora_transformer import LSLoTransformerModel
 
 CODES = ("de", "en", "fr", "ja")
+ALL_CODES = ",".join(CODES)
 OPTIONS = dict(
     encoder_layers=4,
     decoder_layers=2,

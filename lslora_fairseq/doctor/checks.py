@@ -202,7 +202,9 @@ def check_model(inputs):
     shared = [f"shared adapters of rank {plan.shared_rank}"] if plan.shared_sites else []
     if plan.embedding_site:
         shared.append(f"an adapter of the embeddings of rank {plan.embedding_rank}")
-    more = ", kept as they are" * plan.freeze_shared + " alone" * (not plan.sites)
+    more = " alone" * (not plan.sites)
+    if plan.trained is not None:
+        more += f"; only those of {listed(plan.trained)} are trained"
     found = (
         f"{size.adapter_entries:,} trainable parameters, "
         f"{size.adapter_entries / size.base_parameters:.2%} of {size.base_parameters:,}: "

@@ -14,7 +14,7 @@ from lslora_fairseq.config import LORA_FIELDS, LSLoConfig, resolve
 from lslora_fairseq.errors import ConfigError, listed, one_line_errors
 from lslora_fairseq.identity import Identity, describe
 from lslora_fairseq.keys import EMBEDDINGS, RECORD, is_adapter_key, rename_masks
-from lslora_fairseq.lora.adapters import PRUNED, LayerAdapters, SideWeights
+from lslora_fairseq.lora.adapters import PRUNED, Adapter, LayerAdapters, SideWeights
 from lslora_fairseq.lora.embedding import AdaptedEmbedding, AdaptedProjection, merge_embeddings
 from lslora_fairseq.lora.linear import LSLoLinear
 from lslora_fairseq.lora.merge import merged
@@ -129,7 +129,7 @@ class LSLoTransformerModel(TransformerModel):
         self.embedding_adapters = LayerAdapters(
             [plan.embedding_site], [SHARED], [plan.embedding_rank], weight
         )
-        self.embedding_adapters.requires_grad_(not plan.freeze_shared)
+        self.embedding_adapters.requires_grad_(plan.trains(SHARED))
         for module in {self.encoder.embed_tokens, self.decoder.embed_tokens}:  # one, as a rule
             AdaptedEmbedding.adapt(module, self.embedding_adapters)
         AdaptedProjection.adapt(self.decoder.output_projection, self.embedding_adapters)
@@ -150,15 +150,18 @@ class LSLoTransformerModel(TransformerModel):
         plan, like, weights, adapters = self.plan, next(layer.parameters()), None, {}
         if plan.weight_learning and sites:
             weights = layer.side_weights = SideWeights(like)
+            weights.requires_grad_(plan.trains(SHARED))
         for side in sorted({site.side for site in sites}):
             ours = [site for site in sites if site.side == side]
             if side == SHARED:
-                adapters[side] = LayerAdapters(ours, [SHARED], [plan.shared_rank], like)
-                adapters[side].requires_grad_(not plan.freeze_shared)
+                owners, ranks = [SHARED], [plan.shared_rank]
             else:
-                adapters[side] = LayerAdapters(
-                    ours, plan.languages.codes, plan.ranks, like, weights
-                )
+                owners, ranks = plan.languages.codes, plan.ranks
+            adapters[side] = LayerAdapters(
+                ours, owners, ranks, like, None if side == SHARED else weights
+            )
+            for number, owner in enumerate(owners):
+                adapters[side].weight(number).requires_grad_(plan.trains(owner))
             layer.add_module(f"{side}_adapters", adapters[side])
         for site in {site.module: site for site in sites}.values():
             parent_name, _, name = site.module.rpartition(".")
@@ -247,20 +250,25 @@ class LSLoTransformerModel(TransformerModel):
     def reset_masks(self):
         """Frees every pruned entry of the adapters that are trained; it is zero and may grow
         again."""
-        for adapters in self._layer_adapters():
-            adapters.mask.fill_(True)
-            adapters.refresh_pruned()
+        for adapter in self._trained_adapters():
+            adapter.mask.fill_(True)
+            adapter.layer.refresh_pruned()
 
     def count_pruned(self):
         """How many entries of the adapters that are trained are pruned, and how many there are."""
-        masks = [adapters.mask for adapters in self._layer_adapters()]
+        masks = [adapter.mask for adapter in self._trained_adapters()]
         return sum(int((~mask).sum()) for mask in masks), sum(mask.numel() for mask in masks)
 
-    def _layer_adapters(self):
-        """The :class:`LayerAdapters` of layers that are trained."""
-        found = [m for layer in self._layers() for m in layer.children()]
-        kept = (SHARED,) if self.plan.freeze_shared else ()
-        return [m for m in found if isinstance(m, LayerAdapters) and m.side not in kept]
+    def _trained_adapters(self):
+        """The :class:`Adapter` of every language in every layer, of those that are trained."""
+        return [
+            Adapter.of(param)
+            for layer in self._layers()
+            for adapters in layer.children()
+            if isinstance(adapters, LayerAdapters)
+            for param in adapters.parameters(recurse=False)
+            if param.requires_grad
+        ]
 
     def _layers(self):
         return itertools.chain(self.encoder.layers, self.decoder.layers)

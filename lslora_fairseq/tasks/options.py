@@ -28,7 +28,7 @@ TASK_FIELDS = (
     "langtoks",
 )
 # what may change from one stage to the next on the same adapters
-FREE_FIELDS = ("lora_dropout", "lora_freeze_shared")
+FREE_FIELDS = ("lora_dropout", "lora_train_languages")
 DEFAULT_RESTORE_FILE = "checkpoint_last.pt"
 
 
@@ -198,9 +198,10 @@ def restore_lora_options(args, path, saved, is_fresh=False):
         ConfigError: this run has other options.
     """
     if saved.get("lora_tiers") is None:
-        if getattr(args, "lora_freeze_shared", False):
+        if getattr(args, "lora_train_languages", None) is not None:
             raise ConfigError(
-                f"--lora-freeze-shared keeps shared adapters, and {path} has none: leave it out"
+                f"--lora-train-languages keeps the other languages' adapters, and {path} has none: "
+                "leave it out"
             )
         return
     languages = Languages.parse(saved["lora_tiers"])
@@ -209,8 +210,8 @@ def restore_lora_options(args, path, saved, is_fresh=False):
         trained = saved.get(name, getattr(LSLoConfig, name))  # older than the option
         value = getattr(given, name, None)
         is_given = value is not None and value is not False  # the doctor's parser: not given
-        # that shared adapters were frozen concerns the stage that did it
-        if is_fresh and name in FREE_FIELDS and (is_given or name == "lora_freeze_shared"):
+        # what was kept concerns the stage that kept it
+        if is_fresh and name in FREE_FIELDS and (is_given or name == "lora_train_languages"):
             continue
         if is_given and not _same(name, value, trained, languages):
             here, there = _from_first_difference(value, trained)
@@ -232,6 +233,6 @@ def _same(name, value, saved, languages):
     if name in ("lora_rank", "lora_alpha") and saved is not None:
         option = f"--{name.replace('_', '-')}"
         return len({languages.per_language(v, option, float) for v in (value, saved)}) == 1
-    if name.endswith("_target_modules"):
+    if name.endswith(("_target_modules", "_train_languages")) and saved is not None:
         return {v.strip() for v in value.split(",")} == {v.strip() for v in saved.split(",")}
     return str(value) == str(saved)

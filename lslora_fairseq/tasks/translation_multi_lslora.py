@@ -127,6 +127,8 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
         if self.training:
             pairs += self.data_manager.extra_lang_pairs
         self._check_pairs(pairs, model)
+        if self.training and not from_checkpoint:
+            self._check_trained(pairs, model.plan)
         absent = [c for c in self.languages.codes if c not in self.langs]
         if absent and not from_checkpoint:
             raise ConfigError(
@@ -145,6 +147,23 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
                     f"no adapter for {listed(lacking)} of the data: add it to --lora-tiers "
                     f"(adapters: {listed(self.languages.codes)})"
                 )
+
+    def _check_trained(self, pairs, plan):
+        """Every direction of the data trains something, as fairseq wants of every batch."""
+        if plan.trained is None:
+            return
+        idle = [
+            pair
+            for pair in pairs
+            if not any(
+                plan.needs(side) and plan.trains(code) for side, code in zip(SIDES, pair.split("-"))
+            )
+        ]
+        if idle:
+            raise ConfigError(
+                f"--lora-train-languages {listed(plan.trained, ',')}: {listed(idle)} would train "
+                "nothing: leave these directions out of the data (--lang-pairs)"
+            )
 
     def _id_reader(self, model):
         """What tells the languages of a batch of the data."""
@@ -340,7 +359,9 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
         if getattr(self.args, "pruning_masks", "keep") == "reset":
             model.reset_masks()
         pruned, entries = model.count_pruned()
-        kept = "the shared adapters stay as they are; of the others, " * model.plan.freeze_shared
+        trained, kept = model.plan.trained, ""
+        if trained is not None:
+            kept = f"only the adapters of {listed(trained)} are trained, all others stay; of them, "
         logger.info(
             "adapters continue from %s: languages, ranks, alpha, sides, modules and shape are its "
             "own; optimizer, learning rate, pruning schedule and dropout are this run's; %s%s of "

@@ -40,35 +40,36 @@ def texts_of(corpus, path, folder):
     return texts
 
 
-def test_frozen_they_keep_every_bit_in_a_further_stage(corpus, first, tmp_path):
-    """And their masks, while the languages are pruned on; those absent lose nothing else."""
+def test_a_further_stage_trains_the_languages_that_it_names_alone(corpus, first, tmp_path):
+    """All others keep every bit and their masks, while this one is pruned on; so do directions
+    without it."""
     args = without(without(finetune_args(corpus, tmp_path), "--lora-tiers"), "--lora-rank")
-    args = with_option(args, "--finetune-from-model", first / "checkpoint_last.pt")
-    args = with_option(args, "--lang-pairs", "en-de")
-    more = ["--lora-freeze-shared", "--weight-decay", "0.1", "--pruning-scope", "layer"]
+    start = first / "checkpoint_last.pt"
+    args = with_option(args, "--finetune-from-model", start)
+    args = with_option(args, "--lang-pairs", "en-de,de-en")
+    more = ["--lora-train-languages", "de", "--weight-decay", "0.1", "--pruning-scope", "layer"]
     _, out, _ = run("fairseq-train", *args, "--disable-validation", *more)
-    for what in ("all", "embeddings"):
-        assert re.search(rf"^kept +4  shared +{what} +0 ", out, re.M)
-    assert "are this run's; the shared adapters stay as they are; of the others, " in out
+    for row in ("4  shared +all", "4  shared +embeddings", "3  all +all"):
+        assert re.search(rf"^kept +{row} +0 ", out, re.M)
+    assert "this run's; only the adapters of de are trained, all others stay; of them, " in out
     before, after = (adapters_in(model_of(f), embeddings=True) for f in (first, tmp_path))
-    moved, pruned = set(), 0
-    for (layer, owner), (A, B, _, mask) in before.items():
+    moved = set()
+    for (layer, owner), was in before.items():
         here = after[layer, owner]
-        if owner == "shared":
-            assert torch.equal(mask, here[3])
-            pruned += int((~mask).sum())
-        else:
-            assert here[3].sum() < mask.sum()
-        if not torch.equal(A, here[0]) or not torch.equal(B * here[3], here[1]):
+        if not all(map(torch.equal, was, here)):
             moved.add((layer.rpartition(".")[2], owner))
-    assert moved == {("source_adapters", "en"), ("target_adapters", "de")} and pruned
+            assert here[3].sum() < was[3].sum()
+    assert moved == {("source_adapters", "de"), ("target_adapters", "de")}
     assert ("embedding_adapters", "shared") in before
     options = torch.load(tmp_path / "checkpoint_last.pt")["cfg"]["model"]
     assert (options.lora_shared_rank, options.lora_shared_alpha) == (3, 6.0)
     assert options.lora_embedding_rank == 2
-    told = "31 linears, shared adapters of rank 3, an adapter of the embeddings of rank 2, kept as"
-    start = ["--checkpoint", first / "checkpoint_last.pt"]
-    assert told in lslora("doctor", *start, "--lora-freeze-shared")[1]
+    for number, checkpoint in enumerate((start, tmp_path / "checkpoint_last.pt")):
+        texts_of(corpus, checkpoint, tmp_path / f"{number}")
+    for name in ("en-fr.hyp", "ja-en.hyp"):
+        assert (tmp_path / "0" / name).read_bytes() == (tmp_path / "1" / name).read_bytes()
+    told = "rank 3, an adapter of the embeddings of rank 2; only those of de are trained"
+    assert told in lslora("doctor", "--checkpoint", start, "--lora-train-languages", "de")[1]
     _, demand, _ = lslora("demand", tmp_path / "checkpoint_last.pt")
     assert re.search(r"^\(shared\) +\d+\.\d% +\d+\.\d% +50\.0%$", demand, re.M)
     assert not before["embedding_adapters", "shared"][3].logical_not().any()

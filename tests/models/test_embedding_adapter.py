@@ -13,7 +13,18 @@ from fairseq.sequence_generator import SequenceGenerator
 from test_identity import model_with
 from test_lslora_transformer import beam_search, generation, without_targets
 from torch import nn
-from toy import CODES, Work, adapters, batch, build, dictionary, rows, set_adapters, stock
+from toy import (
+    ALL_CODES,
+    CODES,
+    Work,
+    adapters,
+    batch,
+    build,
+    dictionary,
+    rows,
+    set_adapters,
+    stock,
+)
 
 from lslora_fairseq.doctor.model import check_fit
 from lslora_fairseq.errors import ConfigError, UserError
@@ -130,7 +141,7 @@ def test_gradients_are_those_of_the_formula(options):
 
 def test_frozen_it_passes_gradients_on_and_has_none():
     trained = set_adapters(build(**RANK))
-    frozen = build(seed=9, lora_freeze_shared=True, checkpoint_activations=True, **RANK)
+    frozen = build(seed=9, lora_train_languages=ALL_CODES, checkpoint_activations=True, **RANK)
     frozen.load_state_dict(trained.state_dict())
     found = []
     for model in (trained, frozen):

@@ -2,19 +2,19 @@
 
 import pytest
 import torch
-from toy import Work, adapters, batch, build, set_adapters
+from toy import ALL_CODES, Work, adapters, batch, build, set_adapters
 
 from lslora_fairseq.lora.adapters import Adapter, StackGradient
 from lslora_fairseq.lora.plan import SHARED
 from lslora_fairseq.lora.routing import AdapterLayout, Present
 
 PAIRS = [(0, 1), (3, 2), (1, 0), (0, 1)]
-FROZEN = {"lora_shared_rank": 3, "lora_shared_alpha": 6.0, "lora_freeze_shared": True}
+FROZEN = {"lora_shared_rank": 3, "lora_shared_alpha": 6.0, "lora_train_languages": ALL_CODES}
 
 
 def frozen_beside_trained(**options):
     """Two models of the same weights, of which the first keeps its shared adapters."""
-    trained = set_adapters(build(**{**FROZEN, "lora_freeze_shared": False}, **options), 0.2)
+    trained = set_adapters(build(**{**FROZEN, "lora_train_languages": None}, **options), 0.2)
     frozen = build(seed=9, **FROZEN, **options)
     frozen.load_state_dict(trained.state_dict())
     return frozen, trained
@@ -53,7 +53,7 @@ def test_frozen_they_take_no_part_in_the_backward_pass(monkeypatch):
         loss = model(**batch(PAIRS))[0].square().mean()
         with Work() as work:
             loss.backward()
-        assert (SHARED in filled) == (not model.plan.freeze_shared) and "target" in filled
+        assert (SHARED in filled) == (model.plan.trained is None) and "target" in filled
         products.append(sum("mm" in name for name, _ in work.done))
     assert products[0] < products[1]
 

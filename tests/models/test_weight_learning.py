@@ -98,3 +98,14 @@ def test_table_counts_w():
     table = model.plan.table(1000).splitlines()
     assert table[-1].split()[4] == f"{trained:,}"
     assert table[-2].split()[:4] == ["both", "side", "weights", "12"]
+
+
+def test_weights_of_sides_belong_to_all_languages_and_stay_where_some_are_trained():
+    model = build(**LEARNING, lora_train_languages="fr")
+    trained = {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"lora_fr"}
+    set_adapters(model)(**batch([(0, 2), (2, 1)]))[0].square().mean().backward()
+    assert {
+        name.rpartition(".")[2] for name, p in model.named_parameters() if p.grad is not None
+    } == {"lora_fr"}
+    assert "side weights" not in model.plan.table(1000)

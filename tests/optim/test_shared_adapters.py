@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from toy import CODES, adapters, build, set_adapters
+from toy import ALL_CODES, CODES, adapters, build, set_adapters
 from updates import ALL, SIDES, optimizer_for, same, snapshot, update
 
 from lslora_fairseq.lora.plan import SHARED
@@ -60,7 +60,7 @@ def test_frozen_they_keep_every_bit_while_languages_train(inner, scope):
     """Also what is pruned of them, and with --pruning-masks reset; the optimizer sees none."""
     first = set_adapters(build(**RANKS))
     optimizer_for(first).prune_at(3, 0)
-    model = build(seed=5, **RANKS, lora_freeze_shared=True)
+    model = build(seed=5, **RANKS, lora_train_languages=ALL_CODES)
     model.load_state_dict(first.state_dict())
     model.reset_masks()
     optimizer = optimizer_for(model, inner, weight_decay=0.1, pruning_scope=scope)

@@ -5,7 +5,7 @@ import pytest
 import quickstart_report
 import torch
 from evaluation import folders
-from toy import build, set_adapters
+from toy import ALL_CODES, build, set_adapters
 
 from lslora_fairseq.errors import ConfigError
 from lslora_fairseq.lora.plan import SHARED
@@ -124,7 +124,7 @@ def test_shared_adapters_count_where_all_are_counted():
     assert quickstart_report.count_adapters(without, codes)[1] == entries
     assert parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert entries > quickstart_report.count_adapters(plain, plain.languages.codes)[1]
-    frozen = build(lora_shared_rank=3, lora_embedding_rank=2, lora_freeze_shared=True)
+    frozen = build(lora_shared_rank=3, lora_embedding_rank=2, lora_train_languages=ALL_CODES)
     assert quickstart_report.count_frozen(frozen) == quickstart_report.count_frozen(plain)
 
 

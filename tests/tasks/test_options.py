@@ -76,7 +76,7 @@ def test_options_that_say_the_same_are_accepted(data, tmp_path):
         (["--decoder-target-modules", "fc1"], "--decoder-target-modules fc1 differs from fc1,fc2"),
         (["--lora-shared-rank", "2"], "--lora-shared-rank 2 differs from 0 of {path}, which this"),
         (["--lora-embedding-rank", "2"], "--lora-embedding-rank 2 differs from 0 of {path}, which"),
-        (["--lora-freeze-shared"], "--lora-freeze-shared True differs from False of {path}"),
+        (["--lora-train-languages", "fr"], "--lora-train-languages fr differs from None of {path}"),
     ],
 )
 def test_a_resumed_run_refuses_other_adapters(data, tmp_path, more, message):
@@ -86,29 +86,30 @@ def test_a_resumed_run_refuses_other_adapters(data, tmp_path, more, message):
     assert Path(path).read_bytes() == before
 
 
-@pytest.mark.parametrize("was_frozen, given", [(True, []), (False, ["--lora-freeze-shared"])])
-def test_a_further_stage_decides_itself_whether_shared_adapters_are_trained(
-    data, tmp_path, was_frozen, given
-):
-    trained = {"lora_shared_rank": 3, "lora_shared_alpha": 6.0, "lora_freeze_shared": was_frozen}
+@pytest.mark.parametrize(
+    "was_kept, given", [("en", []), (None, ["--lora-train-languages", "ja,en"])]
+)
+def test_a_further_stage_decides_itself_what_it_trains(data, tmp_path, was_kept, given):
+    trained = {"lora_shared_rank": 3, "lora_shared_alpha": 6.0, "lora_train_languages": was_kept}
     trained["lora_embedding_rank"] = 2
     path = checkpoint(tmp_path / "first.pt", **trained)
     _, model = build(resuming(data, tmp_path / "x", "--finetune-from-model", path, *given))
     assert (model.plan.shared_rank, model.plan.shared_alpha) == (3, 6.0)
     assert model.plan.embedding_rank == 2
-    assert model.plan.freeze_shared == bool(given)
+    assert model.plan.trained == (("en", "ja") if given else None)
     message = f"--lora-shared-rank 4 differs from 3 of {path}, which this run starts from: leave"
     more = ["--finetune-from-model", path, "--lora-shared-rank", "4"]
     refused(build, resuming(data, tmp_path / "x", *more), message)
     checkpoint(tmp_path / "checkpoint_last.pt", **trained)  # and a run that goes on does not
-    if was_frozen:
-        assert build(resuming(data, tmp_path))[1].plan.freeze_shared
+    if was_kept:
+        for more in ([], ["--lora-train-languages", " en "]):
+            assert build(resuming(data, tmp_path, *more))[1].plan.trained == ("en",)
 
 
 def test_what_a_stock_base_lacks_cannot_be_kept(data, tmp_path):
     path = checkpoint(tmp_path / "base.pt", lora_tiers=None)
-    words = training(data, "--lora-shared-rank", "2", "--lora-freeze-shared")
-    message = f"--lora-freeze-shared keeps shared adapters, and {path} has none: leave it out"
+    words = training(data, "--lora-shared-rank", "2", "--lora-train-languages", "fr")
+    message = f"--lora-train-languages keeps the other languages' adapters, and {path} has none: "
     refused(build, [*words, "--finetune-from-model", path], message)
 
 
@@ -228,3 +229,15 @@ def test_decoding_refuses_a_damaged_checkpoint(data, tmp_path):
     path.write_bytes(b"PK\x03\x04")
     words = with_option(decoding(data, "-s", "en", "-t", "fr"), "--path", path)
     refused(set_up_decoding, words, f"cannot read the checkpoint {path} (")
+
+
+def test_a_direction_in_which_nothing_is_trained_is_refused(data, tmp_path):
+    path = checkpoint(tmp_path / "first.pt")
+    words = resuming(data, tmp_path / "x", "--finetune-from-model", path)
+    words += ["--lora-train-languages", "ja"]
+    message = "--lora-train-languages ja: en-de, de-en, en-fr, fr-en would train nothing: leave"
+    refused(build, words, message)
+    _, model = build(with_option(words, "--lang-pairs", "en-ja,ja-en"))
+    assert {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad} == {
+        "lora_ja"
+    }
