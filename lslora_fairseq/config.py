@@ -17,9 +17,10 @@ _DECODER_DEFAULT = (
 )
 
 
-# What adapters that are begun anew have where the options are silent; a checkpoint's options say
-# what it has, and where they do not, it is older than the option and has none.
-NEW_ADAPTERS = {"lora_shared_rank": 16, "lora_embedding_rank": 16}
+# What adapters that are begun anew have where the options are silent, in a model that is as wide. A
+# checkpoint's options say what it has, and where they do not, it is older than the option and has
+# none.
+NEW_ADAPTERS = {"lora_shared_rank": 16, "lora_embedding_rank": 48}
 
 
 def _option(default, text):

@@ -181,7 +181,8 @@ def begin_adapters(args):
     several |= not getattr(args, "share_all_embeddings", False)  # matrices of embeddings
     for name, value in NEW_ADAPTERS.items():
         if getattr(args, name, None) is None:
-            setattr(args, name, 0 if several and name == "lora_embedding_rank" else value)
+            is_left_out = several and name == "lora_embedding_rank"
+            setattr(args, name, 0 if is_left_out else min(value, args.encoder_embed_dim))
 
 
 def restore_lora_options(args, path, saved, is_fresh=False):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 BEST, LAST = "checkpoint_best.pt", "checkpoint_last.pt"
+PIVOT = "en"
 # what the base model is, and all systems with it: train_base in run.sh has the same
 MODEL = (
     "--encoder-langtok src --decoder-langtok --share-all-embeddings "
@@ -14,7 +15,7 @@ MODEL = (
     "--decoder-attention-heads 4 --decoder-normalize-before"
 )
 TRAINING = (
-    "--lr-scheduler inverse_sqrt --warmup-updates 50 --clip-norm 1.0 "
+    "--lr-scheduler inverse_sqrt --warmup-updates 50 --clip-norm 1.0 --dropout 0 "
     "--criterion label_smoothed_cross_entropy --label-smoothing 0.1 "
     "--sampling-method temperature --sampling-temperature 1.5 "
     "--max-tokens 1000 --required-batch-size-multiple 1 --num-workers 0 "
@@ -25,35 +26,54 @@ ADAPTERS = "--task translation_multi_lslora --arch lslora_transformer --optimize
 
 
 def languages(work):
-    """Language codes, English first."""
+    """The languages beside English, by tier."""
     lines = (work / "corpus" / "tiers.tsv").read_text(encoding="utf-8").splitlines()
-    return [line.split("\t")[0] for line in lines]
+    codes = [line.split("\t")[0] for line in lines]
+    return [code for code in codes if code != PIVOT]
 
 
-def command(work, corpus, base, system, epochs, rate, seed):
+def pairs(work, corpus):
+    """The directions from and into English that a binarised corpus has."""
+    data = work / "data" / corpus
+    return [
+        pair
+        for la in languages(work)
+        if (data / f"train.{PIVOT}-{la}.{la}.idx").exists()
+        for pair in (f"{PIVOT}-{la}", f"{la}-{PIVOT}")
+    ]
+
+
+def command(work, corpus, start, system, directions, length, rate, seed):
     """The words of fairseq-train; ``{out}`` stands for the folder of its checkpoints.
 
     Args:
         work: folder of the evidence
         corpus: name of the fine-tuning corpus
-        base: the base model's checkpoint
+        start: the checkpoint to start from
         system: a :class:`~systems.System`
+        directions: list such as ``en-de``
+        length: options that say how long it lasts
     """
-    pivot, *others = languages(work)
-    pairs = [pair for la in others for pair in (f"{pivot}-{la}", f"{la}-{pivot}")]
     how = STOCK if system.is_stock else f"{ADAPTERS} --lora-tiers {work}/corpus/tiers.tsv"
+    langs = ",".join(sorted((PIVOT, *languages(work))))
     return [
         "fairseq-train", work / "data" / corpus, "--cpu", "--user-dir", ROOT / "lslora_fairseq",
         *how.split(), *MODEL.split(), *TRAINING.split(), "--adam-betas", "(0.9, 0.98)",
-        "--langs", ",".join(sorted((pivot, *others))), "--lang-pairs", ",".join(pairs),
-        "--finetune-from-model", base, "--save-dir", "{out}",
-        "--max-epoch", epochs, "--lr", rate, "--seed", seed, *system.options,
+        "--langs", langs, "--lang-pairs", ",".join(directions),
+        "--finetune-from-model", start, "--save-dir", "{out}",
+        *length, "--lr", rate, "--seed", seed, *system.options,
     ]  # fmt: skip
 
 
 def curve(log):
-    """The loss on the validation set after each epoch."""
-    return [float(loss) for loss in re.findall(r"valid on 'valid' subset \| loss ([\d.]+)", log)]
+    """(update, loss on the validation set) each time that it was looked at."""
+    found = re.findall(r"valid on 'valid' subset \| loss ([\d.]+) .*?num_updates (\d+)", log)
+    return [(int(update), float(loss)) for loss, update in found]
+
+
+def lowest(losses):
+    """The lowest loss of a :func:`curve`."""
+    return min(loss for _, loss in losses)
 
 
 def facts(log):

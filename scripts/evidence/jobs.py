@@ -97,8 +97,9 @@ class Jobs:
         try:
             facts = json.loads((folder / DONE).read_text())
             text = json.dumps([facts[key] for key in ("command", "package", "after")])
-        except (OSError, ValueError):
-            text = (folder / ".done").read_text()  # a step of the shell recipe
+        except (OSError, ValueError):  # a step of the shell recipe, which has a folder above
+            places = [folder, *folder.parents]
+            text = next(p / ".done" for p in places if (p / ".done").exists()).read_text()
         return hashlib.sha256(text.encode()).hexdigest()
 
 

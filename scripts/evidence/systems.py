@@ -1,8 +1,17 @@
-"""What is compared in examples/evidence: ways of fine-tuning."""
+"""What is compared in examples/evidence: corpora and ways of fine-tuning on them."""
 
 from dataclasses import dataclass
 
-EPOCHS = {"few": 4, "more": 2, "news": 6}
+# how long a fine-tuning lasts; the validation set is looked at several times
+LENGTH = {
+    "few": ("--max-epoch", "3"),
+    "more": (
+        *("--max-epoch", "1", "--validate-interval-updates", "150"),
+        *("--save-interval-updates", "150", "--keep-interval-updates", "1"),
+    ),
+    "news": ("--max-epoch", "6"),
+}
+TRIED_ON, TRIED_FOR = "few", ("--max-epoch", "1")  # learning rates
 
 
 @dataclass(frozen=True)
@@ -31,10 +40,12 @@ def adapters(options, *rates, **more):
 
 
 PAPER = "--lora-shared-rank 0 --lora-embedding-rank 0"
-PRUNED = "--pruning-final-sparsity 0.9 --pruning-begin 1 --pruning-duration 3"
+PRUNED = (
+    "--pruning-final-sparsity 0.9 --pruning-unit update --pruning-begin 100 --pruning-duration 250"
+)
 SYSTEMS = {
-    "full": System(("--dropout", "0.1"), (3e-4, 1e-3, 3e-3), is_stock=True),
-    "shared": adapters("--lora-rank 0 --lora-shared-rank 64", 2e-3, 4e-3, 8e-3),
+    "full": System((), (3e-4, 1e-3, 3e-3), is_stock=True),
+    "shared": adapters("--lora-rank 0 --lora-shared-rank 48", 2e-3, 4e-3, 8e-3),
     "lslo_8": adapters(f"--lora-rank 8 {PAPER}", 2e-3, 4e-3, 8e-3),
     "lslo_2_2_8": adapters(f"--lora-rank high=2,medium=2,low=8 {PAPER}", 4e-3, 8e-3, 1.6e-2),
     "learned": adapters(PAPER, 2e-3, 4e-3, 8e-3, is_learned=True),
@@ -43,3 +54,7 @@ SYSTEMS = {
 }
 WEIGHT_LEARNING = adapters(f"--lora-rank 8 --lora-weight-learning {PAPER}", 4e-3)
 ESTIMATION = adapters(f"--lora-rank 8 --pruning-scope layer {PAPER} {PRUNED}", 4e-3)
+
+BEST = "ours"  # also asked for what becomes of other directions
+ACROSS = ("full", BEST)  # decoded in directions that were never trained
+ADDED = "oc"  # the language that is trained later

@@ -145,15 +145,16 @@ RANKS = ("lora_shared_rank", "lora_embedding_rank")
 @pytest.mark.parametrize(
     "given, ranks",
     [
-        ({"share_all_embeddings": True}, (16, 16)),
-        ({"share_all_embeddings": True, "lora_shared_rank": 0}, (0, 16)),
+        ({"share_all_embeddings": True}, (16, 48)),
+        ({"share_all_embeddings": True, "encoder_embed_dim": 32}, (16, 32)),
+        ({"share_all_embeddings": True, "lora_shared_rank": 0}, (0, 48)),
         ({"share_all_embeddings": True, "lora_embedding_rank": 3}, (16, 3)),
         ({}, (16, 0)),  # several matrices
         ({"share_all_embeddings": True, "adaptive_softmax_cutoff": "9"}, (16, 0)),
     ],
 )
 def test_new_adapters_are_shared_and_of_embeddings_too_unless_told(given, ranks):
-    args = Namespace(**given)
+    args = Namespace(**{"encoder_embed_dim": 512, **given})
     begin_adapters(args)
     assert tuple(getattr(args, name) for name in RANKS) == ranks
 
