@@ -2,8 +2,10 @@
 # How good language-specific adapters are, and what each choice of settings is worth, on real text:
 # the messages of Debian's programs. Trains a base model with stock fairseq, fine-tunes it for
 # programs that it has not seen in many ways, with several seeds, scores all of them, and writes
-# tables and figures to examples/evidence/results/. At most three hours on two cores.
+# tables and figures to examples/evidence/results/.
 #   bash examples/evidence/run.sh
+#   CHOICES=1 bash examples/evidence/run.sh       also what each choice of settings is worth
+#   NEWS=FOLDER bash examples/evidence/run.sh     also on news, {train,valid,test}.CODE line by line
 # Everything else is written to evidence_work/ in the clone (WORK names another folder). What is
 # done is not done again, and an interrupted run goes on where it stopped.
 # Debian's packages come by apt-get; elsewhere DEBS names a folder with their .deb files.
@@ -80,10 +82,30 @@ step binarise "$WORK/data" binarise_all base few more
 train_base train_base "$WORK/base" "$BASE_UPDATES"
 train_base train_quarter "$WORK/quarter" "$((BASE_UPDATES / 4))"
 
+binarise_news() {
+    local LANGUAGES
+    read -ra LANGUAGES <"$LOGS/news.languages"
+    binarise_all news
+}
+
+news() {
+    python "$ROOT/scripts/evidence/news.py" --news "$NEWS" --spm "$WORK/pieces/spm.model" \
+        --out "$WORK/pieces/news" --languages "${LANGUAGES[@]}" | tee "$LOGS/news.languages"
+}
+
+corpora=(few more)
+if [ -n "${NEWS:-}" ]; then
+    step news "$WORK/pieces/news" news
+    step binarise_news "$WORK/data/news" binarise_news
+    corpora+=(news)
+fi
+
 results="$ROOT/examples/evidence/results"
 cd "$ROOT/scripts/evidence"
-python evidence.py --work "$WORK"
+python evidence.py --work "$WORK" --corpora "${corpora[@]}"
 python evidence.py --work "$WORK" --base quarter --corpora few --systems full ours --seeds 1
 python report.py --work "$WORK" --out "$results"
 python report.py --work "$WORK" --base quarter --out "$results"
-# what each choice of settings is worth: python choices.py --work "$WORK" --out "$results"
+if [ -n "${CHOICES:-}" ]; then
+    python choices.py --work "$WORK" --out "$results"
+fi

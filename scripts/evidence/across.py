@@ -1,7 +1,12 @@
 """Directions that were never trained: their test set, directly and by way of English."""
 
+import sys
+from pathlib import Path
+
 import sentencepiece
 from finetune import PIVOT, languages
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # scripts/
 from po_corpus import normalise
 
 CORPUS = "few"

@@ -15,12 +15,16 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean, stdev
 
+import across
+import finetune
+from evidence import CHOICE, ISOLATION
+from systems import SYSTEMS
+
 from lslora_fairseq.errors import one_line_errors
 from lslora_fairseq.evaluation import comparison, groups, reports, saved
 from lslora_fairseq.evaluation.scoring import CHRF_NAME
 from lslora_fairseq.rendering import figures
 
-PIVOT = "en"
 BASELINE = "full"
 METRICS = ("BLEU", CHRF_NAME)
 
@@ -36,8 +40,9 @@ class Corpus:
     def __init__(self, folder, tiers):
         self.folder, self.tiers = folder, tiers
         self.choices = {
-            path.parent.name: json.loads(path.read_text())
-            for path in sorted(folder.glob("*/choice.json"))
+            name: json.loads((folder / name / CHOICE).read_text())
+            for name in ("base", *SYSTEMS)
+            if (folder / name / CHOICE).exists()
         }
         self._results = {}
 
@@ -57,8 +62,8 @@ class Corpus:
             tier: lambda pair, codes=codes: any(code in codes for code in groups.sides(pair))
             for tier, codes in self.tiers.items()
         }
-        found["from English"] = lambda pair: groups.sides(pair)[0] == PIVOT
-        found["into English"] = lambda pair: groups.sides(pair)[1] == PIVOT
+        found["from English"] = lambda pair: groups.sides(pair)[0] == finetune.PIVOT
+        found["into English"] = lambda pair: groups.sides(pair)[1] == finetune.PIVOT
         found["all"] = lambda pair: True
         return found
 
@@ -91,9 +96,10 @@ class Corpus:
         return [groups.mean(list(reports.scores(results, m).values())) for m in METRICS]
 
 
-def spread(values):
+def spread(values, digits=1):
     """Mean and, of several, the standard deviation, as text."""
-    return f"{fmean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+    more = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{fmean(values):.{digits}f}{more}"
 
 
 def table(header, rows):
@@ -133,26 +139,62 @@ def cost_rows(corpus):
         if system == "base":
             continue
         runs = list(choice["runs"].values())
-        epochs = [1 + losses.index(min(losses)) for losses in choice["losses"].values()]
+        curves = choice["losses"].values()
+        best = [min(curve, key=lambda point: point[1]) for curve in curves]
         own = corpus.forgetting(system)
         rows.append([
             system,
             f"{choice['rate']:g}",
-            ", ".join(map(str, epochs)),
+            ", ".join(str(update) for update, _ in best),
             f"{choice['penalty']:g}",
-            spread3([min(losses) for losses in choice["losses"].values()]),
+            spread([loss for _, loss in best], 3),
             f"{runs[0]['trained']:,}",
+            f"{runs[0]['surviving']:,}" if "surviving" in runs[0] else "",
             f"{fmean(run['seconds_an_update'] for run in runs):.2f}",
             f"{max(run['peak_mib'] for run in runs):,}",
             f"{own[0]:.1f} / {own[1]:.1f}",
         ])  # fmt: skip
-    header = ["system", "learning rate", "best epoch", "length penalty", "validation loss",
-              "trained", "s an update", "peak MiB", "forgetting: BLEU / chrF++"]  # fmt: skip
+    header = ["system", "learning rate", "best after updates", "length penalty", "validation loss",
+              "trained", "surviving", "s an update", "peak MiB",
+              "base's own text: BLEU / chrF++"]  # fmt: skip
     return header, rows
 
 
-def spread3(values):
-    return f"{fmean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+def across_rows(corpus, work):
+    """Header and rows: directions never trained, directly and by way of English."""
+    names = ["-".join(pair) for pair in across.directions(work)]
+    rows = []
+    for system in corpus.choices:
+        for way in ("direct", "pivot"):
+            folder = corpus.folder / system / "across" / way / "test" / "scores"
+            if not folder.exists():
+                continue
+            results = saved.load(str(folder))
+            for metric in METRICS:
+                # by way of English, the directions are those of English into the same targets
+                found = {groups.sides(p)[1]: s for p, s in reports.scores(results, metric).items()}
+                scores = [found[groups.sides(name)[1]] for name in names]
+                cells = [f"{score:.1f}" for score in (*scores, fmean(scores))]
+                rows.append([system, way, metric, *cells])
+    return ["system", "way", "metric", *names, "mean"], rows
+
+
+def isolation_text(corpus):
+    """What became of other directions when a language was added, a line for each system."""
+    lines = []
+    for path in sorted(corpus.folder.glob(f"*/{ISOLATION}")):
+        found = json.loads(path.read_text())
+        scores = ", ".join(
+            f"{pair} {found['before'][pair]:.1f} → {found['after'][pair]:.1f}"
+            for pair in found["after"]
+        )
+        lines.append(
+            f"{path.parent.name}: trained without {found['language']}, then with "
+            f"--lora-train-languages {found['language']}: of the "
+            f"{len(found['directions_without_it'])} other directions "
+            f"{len(found['of_these_the_same_text'])} give the same text; BLEU {scores}"
+        )
+    return "\n".join(lines)
 
 
 def curves(corpus, path):
@@ -163,10 +205,9 @@ def curves(corpus, path):
     for number, (system, choice) in enumerate(corpus.choices.items()):
         for seed, losses in choice.get("losses", {}).items():
             label = system if seed == min(choice["losses"]) else None
-            axes.plot(range(1, len(losses) + 1), losses, f"C{number}o-", label=label, alpha=0.8)
-    axes.set_xlabel("epoch")
+            axes.plot(*zip(*losses), f"C{number}o-", label=label, alpha=0.8)
+    axes.set_xlabel("updates")
     axes.set_ylabel("loss on the validation set")
-    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()
     figures.save(figure, path)
 
@@ -216,7 +257,7 @@ def write(work, base, out):
     tiers = {}
     for line in (work / "corpus" / "tiers.tsv").read_text(encoding="utf-8").splitlines():
         code, tier = line.split("\t")
-        if code != PIVOT:
+        if code != finetune.PIVOT:
             tiers.setdefault(tier, []).append(code)
     packages = ("lslora_fairseq", "torch", "sacrebleu", "numpy")
     made_with = {
@@ -231,12 +272,16 @@ def write(work, base, out):
         if BASELINE not in corpus.choices:
             continue
         numbers["corpora"][folder.name] = everything(corpus)
+        header, rows = across_rows(corpus, work)
+        others = [table(header, rows)] if rows else []
+        others += filter(None, [isolation_text(corpus)])
         any_results = corpus.results(BASELINE, corpus.seeds(BASELINE)[0])
         texts += [
             f"## {folder.name}",
             *(table(*score_rows(corpus, metric)) for metric in METRICS),
             table(*difference_rows(corpus)),
             table(*cost_rows(corpus)),
+            *others,
             "\n".join(f"{m}: {reports.short_signature(any_results, m)}" for m in METRICS),
         ]
         curves(corpus, out / f"losses_{base}_{folder.name}.png")
