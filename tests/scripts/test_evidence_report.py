@@ -226,6 +226,7 @@ def test_the_report_has_means_over_seeds_and_what_each_system_costs(reported):
     assert len(rows) == 2
     cells = dict(zip(header, rows[1]))
     assert cells["best after updates"] == "304, 304"
+    assert cells["length"] == "1.00 ± 0.00"
     assert cells["validation loss"] == "4.250 ± 0.000"
     assert (cells["trained"], cells["surviving"], cells["peak MiB"]) == ("1,000", "123", "700")
 
