@@ -168,8 +168,8 @@ def cost_rows(corpus):
             f"{max(run['peak_mib'] for run in runs):,}",
             f"{own[0]:.1f} / {own[1]:.1f}",
         ])  # fmt: skip
-    header = ["system", "learning rate", "best after updates", "length penalty", "length", "validation loss",
-              "trained", "surviving", "s an update", "peak MiB",
+    header = ["system", "learning rate", "best after updates", "length penalty", "length",
+              "validation loss", "trained", "surviving", "s an update", "peak MiB",
               "base's own text: BLEU / chrF++"]  # fmt: skip
     return header, rows
 
