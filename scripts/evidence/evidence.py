@@ -234,7 +234,7 @@ class Evidence:
             told = subprocess.run([*command, "--format", "flags"], capture_output=True, text=True)
             if told.returncode:
                 raise ConfigError(told.stderr)
-            words += tuple(told.stdout.split())
+            words += tuple(told.stdout.splitlines())
         return words
 
     def write(self, name, content):
