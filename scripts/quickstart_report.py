@@ -77,19 +77,22 @@ def significance(p):
 
 def count_adapters(model, codes):
     """(parameters, entries of B that can be pruned, those that are) of the adapters of these
-    languages; what all languages share counts where these are all."""
+    languages; the parameters of what all languages share count where these are all."""
     parameters = entries = pruned = 0
     languages = [model.languages.index(code) for code in codes]
     are_all = len(codes) == len(model.languages)
     for linear in model.adapted_linears():
         for side in linear.adapters:
-            for owner in ([0] if are_all else []) if side == SHARED else languages:
-                _, mask = linear.masks(owner, side)
-                parameters += sum(factor.numel() for factor in linear.factors(owner, side))
+            if side == SHARED:
+                parameters += are_all * sum(factor.numel() for factor in linear.factors(0, side))
+                continue
+            for language in languages:
+                _, mask = linear.masks(language, side)
+                parameters += sum(factor.numel() for factor in linear.factors(language, side))
                 entries += mask.numel()
                 pruned += int((~mask).sum())
     if model.plan.embedding_site and are_all:
-        parameters += model.embedding_adapters.mask.numel()  # and is not pruned
+        parameters += model.embedding_adapters.mask.numel()
     return parameters, entries, pruned
 
 

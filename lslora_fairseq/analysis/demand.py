@@ -79,16 +79,6 @@ def by_language(demand):
     return rows
 
 
-def shared(demand):
-    """Share of the shared adapters that survives: dict with encoder, decoder, all; None without."""
-    if not demand.shared:
-        return None
-    return {
-        **{stack: demand.shared_share(stack) for stack in MODULES},
-        "all": demand.shared_share(),
-    }
-
-
 def by_layer(demand):
     """Mean share of each tier in each layer: list of dicts with stack, layer, tiers, all."""
     layers = dict.fromkeys((site.stack, site.layer) for site in demand.plan.sites)
@@ -124,12 +114,10 @@ def _table(demand):
 def _summary(demand):
     ranks = sorted(set(demand.plan.ranks))
     rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-    of_all = f"; shared by all: rank {demand.plan.shared_rank}" if demand.shared else ""
     return (
         f"demand: share of a language's entries of B that survive pruning\n"
         f"{len(demand.plan.languages)} languages, {rank}, {demand.sparsity:.1%} of all entries "
         f"removed, scope {demand.scope or 'unknown'}"
-        f"{of_all}"
     )
 
 
@@ -141,8 +129,6 @@ def _languages_table(demand):
         )
         for row in by_language(demand)
     ]
-    if demand.shared:
-        rows.append(("(shared)", *map(tables.percent, shared(demand).values())))
     return tables.aligned("<>>>", ("language", *MODULES, "all"), rows)
 
 
@@ -170,7 +156,6 @@ def _json(demand):
             "tiers": demand.tiers,
             "warnings": demand.warnings(),
             "languages": by_language(demand),
-            "shared": shared(demand),
             "layers": by_layer(demand),
             "modules": by_module(demand),
             "cells": [dict(zip(HEADER, row)) for row in cells(demand)],

@@ -25,8 +25,6 @@ class Demand:
         untrained: side -> codes whose B is zero in every layer that this side indexes
         untouched: side -> those of them of which nothing is pruned either: they were never updated
             and took no part in pruning; they count as 0 in *kept*, and not in :attr:`sparsity`
-        shared: site of the shared adapters -> entries of their B that survive; empty without any.
-            They are no language's, and count nowhere else
         scope: the run's ``--pruning-scope``, None if the checkpoint does not tell
         final_sparsity: the share that the run was to remove in the end, None likewise
     """
@@ -35,7 +33,6 @@ class Demand:
     kept: dict
     untrained: dict
     untouched: dict
-    shared: dict
     scope: Optional[str]
     final_sparsity: Optional[float]
 
@@ -80,13 +77,6 @@ class Demand:
         if not sites:
             return np.full(len(self.plan.languages), np.nan)
         return sum(self.kept[s] for s in sites) / sum(self.entries(s) for s in sites)
-
-    def shared_share(self, stack=None):
-        """The share of the shared adapters' entries that survives in a stack, or in all; nan
-        without any."""
-        sites = [site for site in self.shared if stack in (None, site.stack)]
-        entries = sum(self.plan.shared_rank * site.out_features for site in sites)
-        return sum(self.shared[site] for site in sites) / entries if sites else np.nan
 
     def mean(self, shares, tier=None):
         """The mean of some shares over the languages of a tier; None for all languages."""
@@ -177,7 +167,6 @@ def measure(checkpoint):
         kept,
         {side: sorted(unheard) for side, unheard in silent.items() if unheard},
         {side: unheard for side, unheard in untouched.items() if unheard},
-        _kept_of_all(checkpoint),
         checkpoint.options.get("pruning_scope"),
         checkpoint.options.get("pruning_final_sparsity"),
     )
@@ -189,16 +178,6 @@ def measure(checkpoint):
             "--pruning-final-sparsity 0.9, until the schedule ends"
         )
     return demand
-
-
-def _kept_of_all(checkpoint):
-    """Site of the adapters that all languages share -> entries of their B that survive."""
-    kept = {}
-    for key, sites in checkpoint.shared_adapters().items():
-        columns, _ = adapter_columns(sites)
-        mask = checkpoint.kept(key)
-        kept.update({site: int(mask[:, columns[site.module][1]].sum()) for site in sites})
-    return kept
 
 
 def read_demand(checkpoint):

@@ -40,15 +40,11 @@ class Trained:
         the sites they serve, in the order of their columns."""
         return _by_adapters(self.plan.sites)
 
-    def shared_adapters(self):
-        """As :meth:`adapters`, of those that all languages share."""
-        return _by_adapters(self.plan.shared_sites)
-
     def kept(self, key):
         """Which entries of a layer's adapters pruning has left.
 
         Args:
-            key: one of :meth:`adapters` or :meth:`shared_adapters`
+            key: one of :meth:`adapters`
 
         Returns:
             (ranks of all languages, columns) bool

@@ -248,24 +248,24 @@ class LSLoTransformerModel(TransformerModel):
         return [m for m in self.modules() if isinstance(m, LSLoLinear)]
 
     def reset_masks(self):
-        """Frees every pruned entry of the adapters that are trained; it is zero and may grow
+        """Frees every pruned entry of the languages that are trained; it is zero and may grow
         again."""
         for adapter in self._trained_adapters():
             adapter.mask.fill_(True)
             adapter.layer.refresh_pruned()
 
     def count_pruned(self):
-        """How many entries of the adapters that are trained are pruned, and how many there are."""
+        """How many entries of the languages that are trained are pruned, and how many there are."""
         masks = [adapter.mask for adapter in self._trained_adapters()]
         return sum(int((~mask).sum()) for mask in masks), sum(mask.numel() for mask in masks)
 
     def _trained_adapters(self):
-        """The :class:`Adapter` of every language in every layer, of those that are trained."""
+        """The :class:`Adapter` of every language that is trained, in every layer."""
         return [
             Adapter.of(param)
             for layer in self._layers()
             for adapters in layer.children()
-            if isinstance(adapters, LayerAdapters)
+            if isinstance(adapters, LayerAdapters) and adapters.side in SIDES
             for param in adapters.parameters(recurse=False)
             if param.requires_grad
         ]

@@ -12,7 +12,6 @@ from fairseq.optim import (
 
 from lslora_fairseq.config import PruningConfig
 from lslora_fairseq.errors import listed, one_line_errors
-from lslora_fairseq.lora.plan import SHARED
 from lslora_fairseq.optim.language_optimizer import LanguageOptimizer
 
 logger = logging.getLogger(__name__)
@@ -89,8 +88,7 @@ class PrunedOptimizer(FairseqOptimizer):
     def _log(self):
         pruner = self.optimizer.pruner
         untouched = "; ".join(
-            "the shared adapters" if side == SHARED else f"as {side} {listed(codes)}"
-            for side, codes in pruner.untouched_codes().items()
+            f"as {side} {listed(codes)}" for side, codes in pruner.untouched_codes().items()
         )
         logger.info(
             "pruned to sparsity %.4f at %s %d%s",

@@ -4,7 +4,7 @@ from collections import defaultdict
 
 import torch
 
-from lslora_fairseq.lora.plan import SHARED
+from lslora_fairseq.lora.plan import SIDES
 from lslora_fairseq.pruning import masks
 
 
@@ -15,8 +15,8 @@ class Pruner:
     *untouched* as long as its B is zero in every layer and none of its entries is pruned. It takes
     no part in any scope until its first update. Weights and masks alone tell, so that a resumed
     run, a second stage and a run on averaged weights see the same as one that never stopped.
-    Weights of sides and the embeddings' adapter are never pruned. The adapters that all languages
-    share are a scope of their own, in each layer where ``scope`` is ``layer``.
+    Only adapters of languages are pruned: not what all languages share, which is there once, and
+    neither weights of sides.
 
     Args:
         masters: list of :class:`~lslora_fairseq.optim.masters.Master`
@@ -36,8 +36,7 @@ class Pruner:
         self._pieces = defaultdict(list)  # of what can be pruned
         for master in masters:
             for piece in master.pieces:
-                sites = piece.adapter.layer.sites
-                if sites and sites[0].layer is not None:
+                if piece.adapter.side in SIDES:
                     self._pieces[master.key].append(piece)
         self.has_newcomers = False
         self.refresh()
@@ -91,8 +90,6 @@ class Pruner:
             for piece in pieces:
                 site = piece.adapter.layer.sites[0]
                 where = key[1] if self.scope == "language" else (site.stack, site.layer)
-                if site.side == SHARED:  # competes with no language
-                    where = where, SHARED
                 for factor in self.target:
                     part = piece.part(factor)
                     groups[factor, where].append((piece.master[:, part], piece.mask[:, part]))

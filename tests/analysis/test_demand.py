@@ -156,43 +156,17 @@ def test_a_stack_without_adapters_has_no_share(tmp_path):
 
 
 def kept_and_shared(site, code):
-    """Of each shared site 5 entries survive."""
+    """Of each shared site 5 entries survive, as after another version's pruning."""
     return 5 if code == "shared" else keep(site, code)
 
 
-def test_shared_adapters_are_told_apart_and_change_nothing_else(tmp_path):
-    """24 entries of B in an encoder layer's shared adapters of rank 1, 36 in a decoder's; fc1
-    has 8, the others 4 and lose none."""
+@pytest.mark.parametrize("shared", [{"lora_shared_rank": 1}, {"lora_embedding_rank": 1}])
+def test_what_all_languages_share_changes_nothing(tmp_path, shared):
     plain = measured(tmp_path, pruning_final_sparsity=0.1)
-    found = measured(tmp_path, kept_and_shared, pruning_final_sparsity=0.1, lora_shared_rank=1)
-    assert demand.shared(plain) is None and found.warnings() == plain.warnings() == []
-    assert demand.shared(found) == exactly(
-        encoder=Fraction(4 * 4 + 5, 24),
-        decoder=Fraction(7 * 4 + 5, 36),
-        all=Fraction(3 * 21 + 2 * 33, 3 * 24 + 2 * 36),
-    )
-    assert (found.sparsity, demand.cells(found)) == (plain.sparsity, demand.cells(plain))
-    lines, others = (demand.FORMATS["table"](d).splitlines() for d in (found, plain))
-    assert lines.pop(9) == "(shared)    87.5%    91.7%  89.6%"
-    assert lines.pop(1) == f"{others.pop(1)}; shared by all: rank 1"
-    assert lines == others
-    report = json.loads(demand.FORMATS["json"](found))
-    assert report["shared"]["encoder"] == 21 / 24
-    assert report["languages"] == json.loads(demand.FORMATS["json"](plain))["languages"]
-
-
-def test_the_embeddings_adapter_changes_nothing(tmp_path):
-    options = {"pruning_final_sparsity": 0.1, "lora_shared_rank": 1}
-    plain = measured(tmp_path, kept_and_shared, **options)
-    found = measured(tmp_path, kept_and_shared, **options, lora_embedding_rank=1)
+    found = measured(tmp_path, kept_and_shared, pruning_final_sparsity=0.1, **shared)
+    assert found.warnings() == plain.warnings() == []
     for text in demand.FORMATS.values():
         assert text(found) == text(plain)
-
-
-def test_shared_adapters_of_one_stack_have_no_share_in_the_other(tmp_path):
-    options = {"decoder_target_modules": "none", "lora_shared_rank": 1}
-    found = measured(tmp_path, kept_and_shared, **options)
-    assert json.loads(demand.FORMATS["json"](found))["shared"]["decoder"] is None
 
 
 def test_shared_adapters_alone_tell_nothing_of_a_language(tmp_path):
