@@ -26,21 +26,26 @@ FINETUNING=(
     --lr-scheduler inverse_sqrt --warmup-updates 50 --max-epoch 3
     --criterion label_smoothed_cross_entropy --label-smoothing 0.1
     --sampling-method temperature --sampling-temperature 1.5
-    --max-tokens 750 --required-batch-size-multiple 1 --num-workers 0 --seed 1
+    --max-tokens 750 --required-batch-size-multiple 1 --num-workers 0 --seed 1 --dropout 0
     --no-epoch-checkpoints --log-format simple --log-interval 50
 )
 
+ATTENTION=self_attn.q_proj,self_attn.k_proj,self_attn.v_proj,self_attn.out_proj
+ENCODER_MODULES=$ATTENTION,fc1,fc2
+DECODER_MODULES=$ATTENTION,${ATTENTION//self/encoder},fc1,fc2
+
 # finetune STEP FOLDER SPARSITY SCOPE OPTION... : a step that trains adapters of the frozen base
 # model: one LoRA for each language, pruned epoch by epoch, one that all share, and one of the
-# embeddings, which this weak base has hardly learned; the options say what the languages' are
+# embeddings; the options say what the languages' are. The last two are larger than by default, and
+# the linears more, since this weak base has nearly all to learn.
 finetune() {
     step "$1" "$2" \
         fairseq-train "$WORK/data/finetune" --cpu --user-dir "$ROOT/lslora_fairseq" \
         --task translation_multi_lslora --arch lslora_transformer "${FINETUNING[@]}" \
         --finetune-from-model "$WORK/base/checkpoint_last.pt" --save-dir "$2" \
-        --lora-tiers "$WORK/corpus/tiers.tsv" "${@:5}" \
-        --lora-shared-rank 32 --lora-embedding-rank 32 \
-        --optimizer pruned_adam --lr 0.004 --dropout 0 \
+        --lora-tiers "$WORK/corpus/tiers.tsv" --lora-shared-rank 32 --lora-embedding-rank 64 \
+        --encoder-target-modules "$ENCODER_MODULES" --decoder-target-modules "$DECODER_MODULES" \
+        "${@:5}" --optimizer pruned_adam --lr 0.004 \
         --pruning-final-sparsity "$3" --pruning-begin 1 --pruning-duration 2 --pruning-scope "$4"
 }
 
