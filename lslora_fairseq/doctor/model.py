@@ -42,14 +42,14 @@ def build(inputs):
     Raises:
         ConfigError: an option is wrong; the message is that of fairseq-train.
     """
-    args = _options(inputs)
     dictionary = inputs.dictionary or _Rows(inputs.checkpoint.rows)
+    args = _options(inputs, len(dictionary))
     task = SimpleNamespace(source_dictionary=dictionary, target_dictionary=dictionary)
     with _as_config_error(), torch.device("meta"):
         return LSLoTransformerModel.build_model(args, task)
 
 
-def _options(inputs):
+def _options(inputs, words):
     arch, checkpoint = inputs.args.arch, inputs.checkpoint
     if arch and arch not in ARCH_CONFIG_REGISTRY:
         known = ", ".join(sorted(name for name in ARCH_CONFIG_REGISTRY if "lslora" in name))
@@ -63,7 +63,7 @@ def _options(inputs):
         options = Namespace(**sizes)
     options.checkpoint_activations = inputs.args.checkpoint_activations
     ARCH_CONFIG_REGISTRY[arch or "lslora_transformer"](options)
-    begin_adapters(options)
+    begin_adapters(options, words)
     return options
 
 

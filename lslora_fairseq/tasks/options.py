@@ -174,15 +174,19 @@ def check_continued(args, path, saved, langs):
         )
 
 
-def begin_adapters(args):
+def begin_adapters(args, words):
     """Fills in the options of adapters that start anew, where neither the command line nor a
-    checkpoint gave them; the architecture's options must be there."""
+    checkpoint gave them; the architecture's options must be there.
+
+    Args:
+        words: number of rows of the embeddings
+    """
     several = getattr(args, "adaptive_softmax_cutoff", None) is not None
     several |= not getattr(args, "share_all_embeddings", False)  # matrices of embeddings
     for name, value in NEW_ADAPTERS.items():
         if getattr(args, name, None) is None:
             is_left_out = several and name == "lora_embedding_rank"
-            setattr(args, name, 0 if is_left_out else min(value, args.encoder_embed_dim))
+            setattr(args, name, 0 if is_left_out else min(value, args.encoder_embed_dim, words))
 
 
 def restore_lora_options(args, path, saved, is_fresh=False):

@@ -113,7 +113,7 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
             if not is_fresh:
                 options.check_continued(args, path, saved, self.langs)
             options.restore_lora_options(args, path, saved, is_fresh)
-        options.begin_adapters(args)
+        options.begin_adapters(args, len(self.source_dictionary))
 
     def _check_languages(self, model, from_checkpoint):
         """Every language of the data has an adapter, every adapter a language token."""

@@ -147,6 +147,7 @@ RANKS = ("lora_shared_rank", "lora_embedding_rank")
     [
         ({"share_all_embeddings": True}, (16, 48)),
         ({"share_all_embeddings": True, "encoder_embed_dim": 32}, (16, 32)),
+        ({"share_all_embeddings": True, "words": 28}, (16, 28)),
         ({"share_all_embeddings": True, "lora_shared_rank": 0}, (0, 48)),
         ({"share_all_embeddings": True, "lora_embedding_rank": 3}, (16, 3)),
         ({}, (16, 0)),  # several matrices
@@ -155,14 +156,14 @@ RANKS = ("lora_shared_rank", "lora_embedding_rank")
 )
 def test_new_adapters_are_shared_and_of_embeddings_too_unless_told(given, ranks):
     args = Namespace(**{"encoder_embed_dim": 512, **given})
-    begin_adapters(args)
+    begin_adapters(args, given.pop("words", 1000))
     assert tuple(getattr(args, name) for name in RANKS) == ranks
 
 
 def test_a_checkpoint_older_than_the_options_has_none():
     args = Namespace(share_all_embeddings=True)
     restore_lora_options(args, "x.pt", {"lora_tiers": "all=de,en"}, is_fresh=True)
-    begin_adapters(args)
+    begin_adapters(args, 1000)
     assert [getattr(args, name) for name in RANKS] == [0, 0]
 
 
