@@ -137,7 +137,9 @@ class PruningConfig(Options):
     """The gradual pruning schedule of the ``pruned_*`` optimizers (method, section 4)."""
 
     pruning_final_sparsity: float = _option(
-        0.9, "share of entries removed at the end, in [0, 1); 0 prunes nothing (default: 0.9)"
+        0.9,
+        "share of entries of the languages' adapters removed at the end, in [0, 1); 0 prunes "
+        "nothing (default: 0.9)",
     )
     pruning_begin: int = _option(
         2, "epoch or update from which the share of removed entries rises (default: 2)"

@@ -37,7 +37,7 @@ class Shape:
         adapter_entries: trainable entries of all languages, shared ones, and the side weights
         encoder_layers, decoder_layers, dim, ffn_dim: sizes of the transformer
         rows: embedding rows
-        kept_entries: of shared adapters that are not trained
+        kept_entries: of adapters that are not trained
     """
 
     base_parameters: int
