@@ -195,18 +195,19 @@ def restore_lora_options(args, path, saved, is_fresh=False):
 
     Args:
         args: the options of this run, changed in place
-        path: the checkpoint
+        path: the checkpoint, None where training starts from nothing
         saved: the options that it was trained with
         is_fresh: training starts afresh from it, as a further stage, and does not go on
 
     Raises:
-        ConfigError: this run has other options.
+        ConfigError: this run has other options, or keeps adapters that are not there.
     """
     if saved.get("lora_tiers") is None:
         if getattr(args, "lora_train_languages", None) is not None:
             raise ConfigError(
-                f"--lora-train-languages keeps the other languages' adapters, and {path} has none: "
-                "leave it out"
+                "--lora-train-languages keeps the other languages' adapters, and "
+                f"{path or 'a new model'} has none: leave it out, or start from a checkpoint with "
+                "adapters (--finetune-from-model)"
             )
         return
     languages = Languages.parse(saved["lora_tiers"])

@@ -108,11 +108,10 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
                 "the frozen base has random weights: name a pretrained model with "
                 "--finetune-from-model"
             )
-        else:
-            saved = read_args(path)
-            if not is_fresh:
-                options.check_continued(args, path, saved, self.langs)
-            options.restore_lora_options(args, path, saved, is_fresh)
+        saved = {} if path is None else read_args(path)
+        if not is_fresh:
+            options.check_continued(args, path, saved, self.langs)
+        options.restore_lora_options(args, path, saved, is_fresh)
         options.begin_adapters(args, len(self.source_dictionary))
 
     def _check_languages(self, model, from_checkpoint):

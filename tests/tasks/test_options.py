@@ -106,11 +106,14 @@ def test_a_further_stage_decides_itself_what_it_trains(data, tmp_path, was_kept,
             assert build(resuming(data, tmp_path, *more))[1].plan.trained == ("en",)
 
 
-def test_what_a_stock_base_lacks_cannot_be_kept(data, tmp_path):
+@pytest.mark.parametrize("is_new", [False, True])
+def test_what_is_not_there_cannot_be_kept(data, tmp_path, is_new):
     path = checkpoint(tmp_path / "base.pt", lora_tiers=None)
     words = training(data, "--lora-shared-rank", "2", "--lora-train-languages", "fr")
-    message = f"--lora-train-languages keeps the other languages' adapters, and {path} has none: "
-    refused(build, [*words, "--finetune-from-model", path], message)
+    words += ["--save-dir", str(tmp_path)] if is_new else ["--finetune-from-model", path]
+    has_none = "a new model" if is_new else path
+    message = f"--lora-train-languages keeps the other languages' adapters, and {has_none} has none"
+    refused(build, words, message)
 
 
 @pytest.mark.parametrize("langs", ["ja,fr,en,de", "de,en,fr,ja,ko"])
