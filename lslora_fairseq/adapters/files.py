@@ -18,7 +18,7 @@ from lslora_fairseq.errors import ConfigError
 
 SUFFIX = ".safetensors"
 KEY, SUM, BLANK = "lslora", "sha256", "0" * 64
-LONGEST = 16 << 20  # bytes of a file's table of contents
+LONGEST = 2 << 20  # bytes of a file's table of contents
 _TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
 _CHUNK = 1 << 20
 
@@ -39,12 +39,12 @@ class AdapterFile:
 
 def _safetensors():
     try:
-        from safetensors import torch as library
-    except ImportError:  # a package installed without what it needs does the rest
+        import safetensors.torch
+    except ImportError:  # the rest of this package works without it
         raise ConfigError(
             "adapter files need the package safetensors: pip install safetensors"
         ) from None
-    return library
+    return safetensors
 
 
 def row_name(key):
@@ -60,7 +60,7 @@ def encode(header, tensors):
         tensors: name -> tensor
     """
     plain = json.dumps({**header.plain(), SUM: BLANK}, sort_keys=True, separators=(",", ":"))
-    content = _safetensors().save(tensors, {KEY: plain})
+    content = _safetensors().torch.save(tensors, {KEY: plain})
     start = content.index(BLANK.encode())
     digest = hashlib.sha256(content).hexdigest().encode()
     return content[:start] + digest + content[start + len(digest) :]
@@ -83,6 +83,8 @@ def read(path):
             return _read(path, file)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}): copy it again") from None
+    except ConfigError:
+        raise
     except ValueError as error:
         remedy = "get it again from where it came from, and do not use it as it is"
         raise ConfigError(f"{path} is refused: {error}: {remedy}") from None
@@ -104,7 +106,11 @@ def _read(path, file):
         raise ValueError(f"it holds the adapters of {header.owner}, which its name does not say")
     _check_names(header, shapes)
     file.seek(0)
-    tensors = _safetensors().load(file.read(size))
+    library = _safetensors()
+    try:
+        tensors = library.torch.load(file.read(size))
+    except library.SafetensorError:
+        raise ValueError("safetensors cannot read it") from None
     _check_values(header, tensors)
     return AdapterFile(path, header, tensors, size)
 
@@ -121,6 +127,7 @@ def _parsed(text):
         raise ValueError(f"its table of contents holds {constant}")
 
     try:
+        text = text if isinstance(text, str) else text.decode("utf-8")
         found = json.loads(text, object_pairs_hook=once, parse_constant=refuse)
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         raise ValueError("its table of contents cannot be read") from None
@@ -136,7 +143,7 @@ def _metadata(path, table):
     if not isinstance(text, str):
         raise ConfigError(f"{path} was not written by lslora extract: name a file that was")
     found = _parsed(text)
-    if found.get("version") != VERSION and type(found.get("version")) is int:
+    if type(found.get("version")) is int and found["version"] != VERSION:
         raise ConfigError(
             f"{path} is of version {found['version']} of the format, this package reads {VERSION}: "
             "update lslora_fairseq"
@@ -189,7 +196,8 @@ def _check_names(header, shapes):
     """Every tensor that the header tells of is there, in the shape that it tells, and no other."""
     dtype, left = DTYPES[header.dtype], dict(shapes)
     for key in header.rows:
-        if left.pop(row_name(key), (None, []))[0] != torch.float32:
+        kind, shape = left.pop(row_name(key), (None, []))
+        if kind != torch.float32 or len(shape) != 1:
             raise ValueError(f"it lacks {row_name(key)}")
     for module in header.modules:
         for possible in forms(module.name, module.in_features, module.out_features, module.rank):

@@ -30,6 +30,7 @@ _CODE = re.compile(r"\w[\w-]{0,63}", re.ASCII)
 _LAYERS = rf"({'|'.join(MODULES)})\.layers\.(0|[1-9]\d{{0,3}})\.([\w.]+)"
 PROJECTION = "decoder.output_projection"  # the name of the embeddings' adapter
 LARGEST = 1 << 31  # of a size
+MANY, FEW = 10_000, 20  # languages, kinds of tokens that each of them has
 
 
 class Module(NamedTuple):
@@ -159,8 +160,8 @@ def _is_text(value):
     return isinstance(value, str) and 0 < len(value) <= 200 and value.isprintable()
 
 
-def _is_texts(value):
-    return isinstance(value, list) and all(map(_is_text, value))
+def _is_texts(value, most=MANY):
+    return isinstance(value, list) and len(value) <= most and all(map(_is_text, value))
 
 
 def _is_size(value, least=1):
@@ -201,7 +202,7 @@ def _is_options(value):
     return all(
         isinstance(found, (*kinds[name], *([int] if float in kinds[name] else [])))
         and not isinstance(found, bool)
-        and (not isinstance(found, str) or len(found) < 2000)
+        and (not isinstance(found, str) or (len(found) < 2000 and found.isprintable()))
         for name, found in value.items()
     )
 
@@ -214,7 +215,7 @@ def _is_tokens(value):
         and type(value["decoder_langtok"]) is bool
         and type(value["lang_tok_replacing_bos_eos"]) is bool
         and value["lang_tok_style"] in ("multilingual", "mbart")
-        and _is_texts(value["langtoks_specs"])
+        and _is_texts(value["langtoks_specs"], FEW)
         and _is_langtoks(value["langtoks"])
     )
 
@@ -246,7 +247,7 @@ def _is_tier(value):
 
 
 _VALID = {
-    "version": lambda value: value == VERSION,
+    "version": lambda value: type(value) is int and value == VERSION,
     "plugin": _is_text,
     "language": _or_none(is_code),
     "tier": _or_none(_is_tier),
