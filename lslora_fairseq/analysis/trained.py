@@ -40,10 +40,6 @@ class Trained:
         the sites they serve, in the order of their columns."""
         return by_adapters(self.plan.sites)
 
-    def shared(self):
-        """The same for the adapters that all languages share, that of the embeddings among them."""
-        return by_adapters(shared_sites(self.plan))
-
     def kept(self, key):
         """Which entries of a layer's adapters pruning has left.
 
