@@ -18,6 +18,7 @@ setup(
         "numpy>=1.24",
         "sentencepiece>=0.1.99",
         "sacrebleu>=2.3",
+        "safetensors>=0.4.3",
         # the stock release cannot be imported from Python 3.11 on; ve-fairseq is fairseq's main
         # branch, packaged
         'fairseq>=0.12.2; python_version < "3.11"',
@@ -33,6 +34,7 @@ setup(
             "pytest-cov",
             "pytest-xdist",
             "filelock",
+            "hypothesis",
             "ruff",
             "polib",
             "wtforms",

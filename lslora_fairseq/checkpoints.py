@@ -7,7 +7,7 @@ import os
 import pickle
 import re
 import textwrap
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 
 import torch
@@ -127,11 +127,8 @@ def _without_logged_tracebacks():
         logger.removeFilter(short)
 
 
-def read_checkpoint(path):
-    """What a checkpoint was trained with, and its weights, memory-mapped where the file allows it.
-
-    Returns:
-        dict of option name -> value, task and model alike; the model's state dict
+def load_checkpoint(path):
+    """All that a checkpoint holds; its tensors are memory-mapped where the file allows it.
 
     Raises:
         ConfigError: the file cannot be read as a fairseq checkpoint.
@@ -149,6 +146,21 @@ def read_checkpoint(path):
             f"{path} is not a fairseq checkpoint, it holds no model: name a file that "
             "fairseq-train wrote"
         )
+    return state
+
+
+def read_checkpoint(path):
+    """What a checkpoint was trained with, and its weights, as :func:`load_checkpoint` gives them.
+
+    Returns:
+        dict of option name -> value, task and model alike; the model's state dict
+    """
+    state = load_checkpoint(path)
+    return options_of(state), state["model"]
+
+
+def options_of(state):
+    """The options in a checkpoint's content, by name, task and model alike."""
     options = dict(vars(state["args"])) if state.get("args") else {}
     for group in ("task", "model"):
         section = (state.get("cfg") or {}).get(group)
@@ -157,7 +169,25 @@ def read_checkpoint(path):
         elif OmegaConf.is_config(section):
             section = OmegaConf.to_container(section)
         options.update(section or {})
-    return options, state["model"]
+    return options
+
+
+def write_checkpoint(path, content):
+    """Writes a checkpoint, whole or not at all.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    try:
+        torch.save(content, f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)
+    except (OSError, RuntimeError) as error:
+        with suppress(OSError):
+            os.remove(f"{path}.tmp")
+        raise ConfigError(
+            f"cannot write --out {path} ({getattr(error, 'strerror', None) or error}): free some "
+            "space or name another file"
+        ) from None
 
 
 def read_args(path):

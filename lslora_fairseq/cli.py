@@ -27,6 +27,9 @@ COMMANDS = {
         "analysis.suggest",
         "ranks and modules for a budget of parameters, from the demand",
     ),
+    "extract": ("adapters.extract", "a small file for each language's adapters, of a checkpoint"),
+    "inspect": ("adapters.inspect", "what adapter files, or a checkpoint with adapters, hold"),
+    "assemble": ("adapters.assemble", "a checkpoint of a base model and adapter files"),
     "compare": (
         "evaluation.compare",
         "is a system better than another, direction by direction and tier by tier",

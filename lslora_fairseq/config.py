@@ -133,6 +133,22 @@ LORA_FIELDS = tuple(f.name for f in fields(LSLoConfig))
 
 
 @dataclass
+class StartConfig(Options):
+    """What a command begins with; no part of what a model is."""
+
+    lora_adapters: Optional[str] = _option(
+        None,
+        "adapter files that 'lslora extract' wrote, or folders of them, comma-separated: they are "
+        "loaded onto the stock base model of --path or --finetune-from-model",
+    )
+
+    @property
+    def places(self):
+        """The files and folders."""
+        return [part.strip() for part in (self.lora_adapters or "").split(",") if part.strip()]
+
+
+@dataclass
 class PruningConfig(Options):
     """The gradual pruning schedule of the ``pruned_*`` optimizers (method, section 4)."""
 

@@ -7,15 +7,15 @@ checkpoint is, its own options tell.
 
 import json
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from typing import Optional
 
 import torch
-from fairseq.data.multilingual.multilingual_utils import augment_dictionary
 
 from lslora_fairseq.errors import ConfigError, listed
 from lslora_fairseq.keys import RECORD
 
-VERSION = 1
+VERSION = 2  # of version 1 are records without lines, appended and base
 
 
 @dataclass
@@ -28,6 +28,9 @@ class Identity:
         langs: the languages in the order in which it appended their tokens, or None
         lang_tok_style, langtoks_specs, extra_data: fairseq's options that shape these tokens
         adapters: :func:`describe` of its adapters; None for a model without, or that does not tell
+        lines: symbols of the dictionary file, specials included, or None
+        appended: the symbols that the model has beyond these, in order, or None
+        base: fingerprint of the base model that its adapters were begun on, or None
     """
 
     path: str = "the checkpoint"
@@ -37,6 +40,9 @@ class Identity:
     langtoks_specs: list = field(default_factory=lambda: ["main"])
     extra_data: list = field(default_factory=list)
     adapters: Optional[dict] = None
+    lines: Optional[int] = None
+    appended: Optional[list] = None
+    base: Optional[str] = None
 
     @classmethod
     def from_options(cls, path, options):
@@ -63,16 +69,16 @@ class Identity:
         """
         try:
             found = json.loads(bytes(record.long().tolist()))
-            version = found.pop("version")
-            if version == VERSION:
+            written_as = found.pop("version")
+            if written_as in range(1, VERSION + 1):
                 return cls(**{**found, "path": path})
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ConfigError(
                 f"{path} holds a damaged {RECORD}: copy it again, or name another checkpoint"
             ) from None
         raise ConfigError(
-            f"{path} holds a {RECORD} of version {version}, this package reads {VERSION}: update "
-            "lslora_fairseq"
+            f"{path} holds a {RECORD} of version {written_as}, this package reads {VERSION}: "
+            "update lslora_fairseq"
         )
 
     def record(self):
@@ -86,11 +92,20 @@ class Identity:
         """Its dictionary: *lines* (specials included) and the tokens appended to them, or None."""
         if self.langs is None:
             return None
+        # not for who reads a record alone: fairseq takes seconds
+        from fairseq.data.multilingual.multilingual_utils import augment_dictionary
+
         grown = _Symbols(lines)
         augment_dictionary(
             grown, self.langs, self.lang_tok_style, self.langtoks_specs, self.extra_data
         )
         return list(grown)
+
+    def token(self, code):
+        """The token of a language in the dictionary."""
+        from fairseq.data.multilingual.multilingual_utils import get_lang_tok
+
+        return get_lang_tok(code, self.lang_tok_style)
 
     def check_adapters(self, here):
         """Raises ConfigError where its adapters contradict those of a model.
@@ -157,6 +172,14 @@ def describe(plan):
         "alphas": dict(zip(codes, plan.alphas)),
         "sites": [[s.name, s.side, s.in_features, s.out_features] for s in plan.all_sites],
     }
+
+
+def plugin_version():
+    """This package's version."""
+    try:
+        return version("lslora_fairseq")
+    except PackageNotFoundError:
+        return "uninstalled"
 
 
 def _listed(value):

@@ -38,7 +38,7 @@ class Trained:
     def adapters(self):
         """Key of a layer's adapters of languages, such as ``encoder.layers.0.source_adapters`` ->
         the sites they serve, in the order of their columns."""
-        return _by_adapters(self.plan.sites)
+        return by_adapters(self.plan.sites)
 
     def kept(self, key):
         """Which entries of a layer's adapters pruning has left.
@@ -87,7 +87,7 @@ def read(path):
             f"{path} has no adapters: name a checkpoint that was trained with --arch lslora_…"
         )
     rename_masks(weights)
-    layers, dims = _sizes(path, weights)
+    layers, dims = sizes(path, weights)
     config = LSLoConfig.from_namespace(Namespace(**options))
     try:
         plan = resolve(config, layers, dims)
@@ -97,9 +97,16 @@ def read(path):
     return Trained(path, options, weights, layers, config, plan)
 
 
-def _sizes(path, weights):
-    """stack -> number of layers, and stack -> module -> (in_features, out_features); under
-    ``embeddings`` (d, words) if these are one matrix."""
+def sizes(path, weights):
+    """The sizes of a transformer, from its state dict.
+
+    Returns:
+        stack -> number of layers, and stack -> module -> (in_features, out_features); under
+        ``embeddings`` (d, words) if these are one matrix
+
+    Raises:
+        ConfigError: it is another kind of model.
+    """
     layers, dims = {}, {}
     for stack in MODULES:
         numbers = [re.match(rf"{stack}\.layers\.(\d+)\.", key) for key in weights]
@@ -119,7 +126,14 @@ def _sizes(path, weights):
     return layers, dims
 
 
-def _by_adapters(sites):
+def shared_sites(plan):
+    """The sites of the adapters that all languages share; the last one may be the embeddings'."""
+    return [*plan.shared_sites, *([plan.embedding_site] if plan.embedding_site else [])]
+
+
+def by_adapters(sites):
+    """Key of a layer's adapters in a state dict -> those of the *sites* that they serve, in the
+    order of their columns."""
     found = {}
     for site in sites:
         key = f"{site.stack}.layers.{site.layer}.{site.side}_adapters"
@@ -129,21 +143,23 @@ def _by_adapters(sites):
     return found
 
 
+def owners(plan, site):
+    """Whose adapters are at a site: languages, or ``shared`` -> their rank."""
+    if site.side != SHARED:
+        return dict(zip(plan.languages.codes, plan.ranks))
+    return {SHARED: plan.embedding_rank if site.layer is None else plan.shared_rank}
+
+
 def _check_fit(path, weights, plan):
     """Raises ConfigError unless the adapters are those of the plan, shape by shape."""
     expected = {}
-    embeddings = [plan.embedding_site] if plan.embedding_site else []
-    for key, sites in _by_adapters([*plan.all_sites, *embeddings]).items():
+    for key, sites in by_adapters([*plan.sites, *shared_sites(plan)]).items():
         features = sum(site.in_features + site.out_features for site in sites)
-        ranks = dict(zip(plan.languages.codes, plan.ranks))
-        if sites[0].side == SHARED:
-            ranks = {SHARED: plan.shared_rank}
-        if sites == embeddings:
-            ranks = {SHARED: plan.embedding_rank}
+        ranks = owners(plan, sites[0])
         expected[f"{key}.{PRUNED}"] = sum(ranks.values()), features
         for code, rank in ranks.items():
             expected[f"{key}.lora_{code}"] = rank, features
-        if plan.weight_learning and sites != embeddings:
+        if plan.weight_learning and sites[0].layer is not None:
             layer = key.rpartition(".")[0]
             expected[f"{layer}.side_weights.logits"] = 1, 2
     found = {

@@ -14,6 +14,8 @@ examples:
   lslora evaluate data --path base.pt --out results_base --pairs 'en-*,*-en' --fp16
       a stock model, from and into English; its languages and tokens are taken from the checkpoint
       if that tells them, else give --langs, --encoder-langtok, --decoder-langtok
+  lslora evaluate data --path base.pt --lora-adapters adapters --out results
+      the base model with the adapter files of lslora extract
   lslora evaluate data --path a.pt:b.pt --out results --plot scores.png \\
       --references 'flores/devtest/{lang}.devtest' --bleu-tokenizer flores200,auto
       an ensemble; spBLEU and BLEU on the raw references, and a heat map
@@ -166,7 +168,7 @@ def run(args):
     text = Text(cfg, task)
     folder = Folder(args.out, settings.made_with(cfg, task, text))
     references = References(args.references, {*asked, *folder.results["directions"]})
-    folder.results.update(tiers=_tiers(args), references=references.origin)
+    folder.results.update(tiers=_tiers(args, task), references=references.origin)
     sums = {pair: settings.data_sum(data, args.gen_subset, pair) for pair in asked}
     todo = [pair for pair in asked if not folder.is_decoded(pair, sums[pair])]
     if len(todo) < len(asked):
@@ -182,14 +184,17 @@ def run(args):
     return 0
 
 
-def _tiers(args):
-    """Language -> resource tier: as the option says, else as the first checkpoint does."""
+def _tiers(args, task):
+    """Language -> resource tier: as the option says, else as the first checkpoint or the adapter
+    files do."""
     from fairseq.utils import split_paths
 
     from lslora_fairseq.checkpoints import read_args
     from lslora_fairseq.languages import Languages
 
     spec = args.tiers or read_args(split_paths(args.path)[0]).get("lora_tiers")
+    if not spec and task.adapters is not None:
+        spec = task.adapters.languages.spec
     if not spec:
         return {}
     try:

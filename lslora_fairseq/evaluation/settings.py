@@ -3,7 +3,6 @@
 import hashlib
 import os
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 
 import fairseq
 import torch
@@ -13,6 +12,7 @@ from fairseq.utils import split_paths
 
 from lslora_fairseq.evaluation.folder import sha256
 from lslora_fairseq.evaluation.search import BeamSearch
+from lslora_fairseq.identity import plugin_version
 
 ALWAYS_TOLD = ("beam", "lenpen", "max_len_a", "max_len_b")
 
@@ -29,7 +29,7 @@ def made_with(cfg, task, text):
         ConfigError: a checkpoint cannot be read.
     """
     return {
-        "models": [{"path": path, "sha256": sha256(path)} for path in _files(cfg)],
+        "models": [{"path": path, "sha256": sha256(path)} for path in _files(cfg, task)],
         "data": cfg.task.data,
         "subset": cfg.dataset.gen_subset,
         "decoding": _decoding(cfg),
@@ -41,20 +41,23 @@ def made_with(cfg, task, text):
         },
         "text": _text(cfg, text),
         "versions": {
-            "lslora_fairseq": _own_version(),
+            "lslora_fairseq": plugin_version(),
             "fairseq": fairseq.__version__,
             "torch": torch.__version__,
         },
     }
 
 
-def _files(cfg):
+def _files(cfg, task):
+    """The checkpoints, and the adapter files that are loaded onto them."""
     shards = cfg.checkpoint.checkpoint_shard_count
-    return [
+    adapters = [file.path for file in task.adapters.files.values()] if task.adapters else []
+    checkpoints = [
         get_maybe_sharded_checkpoint_filename(path, cfg.checkpoint.checkpoint_suffix, i, shards)
         for path in split_paths(cfg.common_eval.path)
         for i in range(shards)
     ]
+    return checkpoints + adapters
 
 
 def _decoding(cfg):
@@ -81,13 +84,6 @@ def _text(cfg, text):
         "--tokenizer": getattr(cfg.tokenizer, "_name", None),
     }
     return " ".join(f"{option} {value}" for option, value in found.items() if value) or "as it is"
-
-
-def _own_version():
-    try:
-        return version("lslora_fairseq")
-    except PackageNotFoundError:
-        return "uninstalled"
 
 
 _sum = cache(sha256)  # directions share dictionaries, and texts

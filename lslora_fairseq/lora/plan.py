@@ -68,22 +68,23 @@ def parse_layers(text, layers, option):
 
 def parse_index_sides(text, layers, option):
     """``'source*9,target*3'`` -> a side for each layer; a side alone holds for all layers."""
-    sides = []
+    counts = []
     for part in str(text).replace(" ", "").split(","):
         match = re.fullmatch(r"(source|target)(?:\*(\d+))?", part)
         if not match:
             raise ConfigError(
                 f"{option}: cannot read {part!r}: write source, target, or source*9,target*3"
             )
-        sides += [match[1]] * int(match[2] or 1)
-    if len(sides) == 1 and "*" not in str(text):
-        sides *= layers
-    if len(sides) != layers:
+        counts.append((match[1], int(match[2] or 1)))
+    if len(counts) == 1 and "*" not in str(text):
+        return (counts[0][0],) * layers
+    named = sum(count for _, count in counts)
+    if named != layers:
         raise ConfigError(
-            f"{option}={text} names a side for {len(sides)} layers, the model has {layers}: "
+            f"{option}={text} names a side for {named} layers, the model has {layers}: "
             "make the counts add up"
         )
-    return tuple(sides)
+    return tuple(side for side, count in counts for _ in range(count))
 
 
 def default_encoder_sides(layers):

@@ -9,6 +9,7 @@ from fairseq.models.transformer import TransformerConfig, TransformerModel
 from fairseq.tasks import FairseqTask
 from torch import nn
 
+from lslora_fairseq.adapters import fingerprint
 from lslora_fairseq.checkpoints import being_loaded, read_args
 from lslora_fairseq.config import LORA_FIELDS, LSLoConfig, resolve
 from lslora_fairseq.errors import ConfigError, listed, one_line_errors
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 @register_model("lslora_transformer")
 class LSLoTransformerModel(TransformerModel):
     """fairseq's transformer, frozen, with one LoRA per language in its linears."""
+
+    begun_with = None  # the Assembly of adapter files for the base model that is loaded, or None
 
     @classmethod
     def add_args(cls, parser):
@@ -143,7 +146,14 @@ class LSLoTransformerModel(TransformerModel):
         options = {**vars(args), "langs": langs, "lang_pairs": None}
         self.identity = Identity.from_options("this model", options)
         self.identity.adapters = describe(self.plan)
-        self.register_buffer(RECORD, self.identity.record())
+        dictionary = self.encoder.dictionary
+        lines = self.identity.lines = getattr(dictionary, "rows_in_file", None)
+        self.identity.appended = None if lines is None else dictionary.symbols[lines:]
+        self._write_record()
+
+    def _write_record(self):
+        device = self.encoder.embed_tokens.weight.device
+        self.register_buffer(RECORD, self.identity.record().to(device))
 
     def _adapt(self, layer, sites):
         """Gives the linears of a layer their adapters."""
@@ -198,8 +208,7 @@ class LSLoTransformerModel(TransformerModel):
             module.restore()
         del self.embedding_adapters
         del self.identity.adapters["embeddings"]
-        record = getattr(self, RECORD)
-        setattr(self, RECORD, self.identity.record().to(record.device))
+        self._write_record()
 
     def merge(self, source, target):
         """Folds the adapters of one direction into the weights, for decoding at the base model's
@@ -332,15 +341,27 @@ class LSLoTransformerModel(TransformerModel):
         state_dict.update({k: v for k, v in own.items() if k.endswith("._float_tensor")})
         rename_masks(state_dict)
         with one_line_errors():
+            if self.begun_with is not None and not any(map(is_adapter_key, state_dict)):
+                self.begun_with.assemble(state_dict)
             found = self._identity_of(state_dict)
+            self._know_base(found, state_dict)
             if found.adapters is not None:
                 found.check_adapters(self.identity.adapters)
             if found.langs is not None or being_loaded.get() is not None:
                 self._match_embeddings(own, state_dict, found)
             if not any(is_adapter_key(key) for key in state_dict):
                 state_dict.update({k: v for k, v in own.items() if is_adapter_key(k)})
-            state_dict[RECORD] = own[RECORD]
+            state_dict[RECORD] = own[RECORD] = getattr(self, RECORD)
             check_keys(own, state_dict, found)
+
+    def _know_base(self, found, state_dict):
+        """The record tells which base model the adapters were begun on."""
+        lines = self.identity.lines
+        if not any(map(is_adapter_key, state_dict)) and lines is not None:
+            self.identity.base = fingerprint.of_base(state_dict, lines)
+        else:
+            self.identity.base = found.base
+        self._write_record()
 
     def _identity_of(self, state_dict):
         path, source = being_loaded.get(), "the checkpoint"

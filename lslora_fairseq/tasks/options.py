@@ -8,7 +8,8 @@ from argparse import Namespace
 
 from fairseq.checkpoint_utils import get_maybe_sharded_checkpoint_filename
 
-from lslora_fairseq.checkpoints import chosen_checkpoint, read_args
+from lslora_fairseq.adapters.assembly import Assembly, rows_of
+from lslora_fairseq.checkpoints import chosen_checkpoint, read_checkpoint
 from lslora_fairseq.config import LORA_FIELDS, NEW_ADAPTERS, LSLoConfig, PruningConfig
 from lslora_fairseq.errors import ConfigError, listed
 from lslora_fairseq.languages import Languages
@@ -111,10 +112,14 @@ def chosen_start(args):
     return None, True
 
 
-def restore_task_options(args):
+def restore_task_options(args, adapters=None):
     """Takes languages and language tokens from the (first) checkpoint to decode with.
 
     What the command line says must agree; for a checkpoint of stock fairseq its word is taken.
+
+    Args:
+        args: the options of this run, changed in place
+        adapters: :class:`~lslora_fairseq.adapters.collection.Collection` to load onto it, or None
     """
     path = (getattr(args, "path", None) or "").split(os.pathsep)[0]
     if not path or "://" in path:
@@ -123,7 +128,10 @@ def restore_task_options(args):
     path = get_maybe_sharded_checkpoint_filename(path, suffix or "", 0, shards or 1)
     if not os.path.isfile(path):
         raise ConfigError(f"--path {path}: no such file: name the checkpoint to decode with")
-    saved = read_args(path)
+    saved, weights = read_checkpoint(path)
+    if adapters is not None:
+        assembly = Assembly.for_base(adapters, path, saved)
+        saved = {**saved, **assembly.options(rows_of(path, weights))}
     given = args.langs or args.lang_dict or args.encoder_langtok or args.decoder_langtok
     if saved.get("lora_tiers") is None and given:
         return

@@ -15,7 +15,10 @@ from fairseq.tasks.translation_multi_simple_epoch import TranslationMultiSimpleE
 from fairseq.utils import split_paths
 from omegaconf import OmegaConf
 
+from lslora_fairseq.adapters.assembly import Assembly
+from lslora_fairseq.adapters.collection import Collection
 from lslora_fairseq.checkpoints import read_args
+from lslora_fairseq.config import StartConfig
 from lslora_fairseq.errors import ConfigError, listed, one_line_errors
 from lslora_fairseq.identity import Identity
 from lslora_fairseq.lora.plan import SIDES
@@ -45,8 +48,15 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
     """
 
     languages = None  # the inventory of the model with adapters, known once it is built
+    places = ()  # of adapter files that training begins with
+    adapters = None  # a Collection of adapter files that stock models are decoded with, or None
     _read_ids = None
     _epoch = 1
+
+    @staticmethod
+    def add_args(parser):
+        TranslationMultiSimpleEpochTask.add_args(parser)
+        StartConfig.add_options(parser)
 
     @classmethod
     def load_dictionary(cls, filename):
@@ -62,10 +72,17 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
             decodes = getattr(args, "path", None) and not getattr(args, "optimizer", None)
             if decodes and not has_direction:
                 raise ConfigError("decoding needs both languages of a direction: give -s and -t")
-            options.restore_task_options(args)
+            places = StartConfig.from_namespace(args).places
+            args.lora_adapters = None  # a checkpoint that is trained from them knows all
+            adapters = None
+            if places and getattr(args, "path", None):
+                adapters = Collection(places)
+            options.restore_task_options(args, adapters)
             options.check_pairs(args)
             try:
-                return super().setup_task(args, **kwargs)
+                task = super().setup_task(args, **kwargs)
+                task.places, task.adapters = places, adapters
+                return task
             except FileNotFoundError as error:
                 raise ConfigError(
                     f"{error.filename}: no such file: name the folder that fairseq-preprocess "
@@ -74,9 +91,16 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
 
     def build_model(self, args, from_checkpoint=False):
         with one_line_errors():
+            assembly = None
             if not from_checkpoint and hasattr(args, "restore_file"):
-                self._prepare_training(args)
+                assembly = self._prepare_training(args)
+            elif from_checkpoint and self.adapters is not None:
+                path = getattr(self.args, "path", None) or "the base model"
+                assembly = Assembly.for_base(self.adapters, path, vars(args))
+                args = Namespace(**{**vars(args), **assembly.model_options()})
             model = super().build_model(args, from_checkpoint)
+            if assembly is not None:
+                model.begun_with = assembly
             if hasattr(model, "plan"):
                 self._check_languages(model, from_checkpoint)
                 self._read_ids = self._id_reader(model)
@@ -98,12 +122,22 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
             )
 
     def _prepare_training(self, args):
-        """Checks what training needs; the options of the adapters follow the checkpoint."""
+        """Checks what training needs; the options of the adapters follow the checkpoint.
+
+        Returns:
+            the :class:`Assembly` of files that training begins with, or None
+        """
         if getattr(args, "optimizer", None):
             options.check_optimizer(args)
         refuse_processes(args, get_global_world_size())
+        args.lora_adapters = assembly = None
         path, is_fresh = options.chosen_start(args)
         if path is None:
+            if self.places:
+                raise ConfigError(
+                    "--lora-adapters needs the base model that the files were trained on: name it "
+                    "with --finetune-from-model"
+                )
             logger.warning(
                 "the frozen base has random weights: name a pretrained model with "
                 "--finetune-from-model"
@@ -111,8 +145,12 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
         saved = {} if path is None else read_args(path)
         if not is_fresh:
             options.check_continued(args, path, saved, self.langs)
+        if self.places and (is_fresh or saved.get("lora_tiers") is None):
+            assembly = Assembly.for_base(Collection(self.places), path, saved)
+            path, saved = assembly.adapters.path, assembly.model_options()
         options.restore_lora_options(args, path, saved, is_fresh)
         options.begin_adapters(args, len(self.source_dictionary))
+        return assembly
 
     def _check_languages(self, model, from_checkpoint):
         """Every language of the data has an adapter, every adapter a language token."""
@@ -353,7 +391,10 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
     def starts_afresh(self, model, path):
         """Called once training has loaded the checkpoint that it starts from with a new optimizer:
         says what a further stage on the same adapters keeps."""
-        if self.languages is None or read_args(path).get("lora_tiers") is None:
+        begun_with = getattr(model, "begun_with", None)
+        if begun_with is not None:
+            path = begun_with.adapters.path
+        elif self.languages is None or read_args(path).get("lora_tiers") is None:
             return
         if getattr(self.args, "pruning_masks", "keep") == "reset":
             model.reset_masks()
