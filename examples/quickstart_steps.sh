@@ -23,7 +23,7 @@ FINETUNING=(
     --langs "$LANGS" --lang-pairs "$pairs" --encoder-langtok src --decoder-langtok
     "${SIZES[@]}"
     --adam-betas '(0.9, 0.98)' --clip-norm 1.0
-    --lr-scheduler inverse_sqrt --warmup-updates 50 --max-epoch 4
+    --lr-scheduler inverse_sqrt --warmup-updates 50 --max-epoch 3
     --criterion label_smoothed_cross_entropy --label-smoothing 0.1
     --sampling-method temperature --sampling-temperature 1.5
     --max-tokens 750 --required-batch-size-multiple 1 --num-workers 0 --seed 1 --dropout 0
