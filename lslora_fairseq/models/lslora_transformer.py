@@ -356,8 +356,9 @@ class LSLoTransformerModel(TransformerModel):
 
     def _know_base(self, found, state_dict):
         """The record tells which base model the adapters were begun on."""
-        lines = self.identity.lines
-        if not any(map(is_adapter_key, state_dict)) and lines is not None:
+        lines, is_base = self.identity.lines, not any(map(is_adapter_key, state_dict))
+        has_values = not any(weight.is_meta for weight in state_dict.values())  # not the doctor's
+        if is_base and lines is not None and has_values:
             self.identity.base = fingerprint.of_base(state_dict, lines)
         else:
             self.identity.base = found.base
