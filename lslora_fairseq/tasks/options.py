@@ -9,6 +9,7 @@ from argparse import Namespace
 from fairseq.checkpoint_utils import get_maybe_sharded_checkpoint_filename
 
 from lslora_fairseq.adapters.assembly import Assembly, rows_of
+from lslora_fairseq.adapters.header import TOKENS
 from lslora_fairseq.checkpoints import chosen_checkpoint, read_checkpoint
 from lslora_fairseq.config import LORA_FIELDS, NEW_ADAPTERS, LSLoConfig, PruningConfig
 from lslora_fairseq.errors import ConfigError, listed
@@ -17,17 +18,7 @@ from lslora_fairseq.languages import Languages
 logger = logging.getLogger(__name__)
 
 # what decoding takes from the checkpoint unless the command line gives it
-TASK_FIELDS = (
-    "langs",
-    "lang_dict",
-    "lang_pairs",
-    "encoder_langtok",
-    "decoder_langtok",
-    "lang_tok_replacing_bos_eos",
-    "lang_tok_style",
-    "langtoks_specs",
-    "langtoks",
-)
+TASK_FIELDS = ("langs", "lang_dict", "lang_pairs", *TOKENS)
 # what may change from one stage to the next on the same adapters
 FREE_FIELDS = ("lora_dropout", "lora_train_languages")
 DEFAULT_RESTORE_FILE = "checkpoint_last.pt"
