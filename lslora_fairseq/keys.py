@@ -15,6 +15,12 @@ EMBEDDINGS = (
 
 ADAPTERS = [[f"{side}_adapters"] for side in (*SIDES, SHARED, "embedding")]
 ADAPTERS += [["side_weights"]]
+# Parameters of an encoder layer of fairseq 0.12.2 that repeat those of its linears, for a fused
+# path in decoding that would go past any adapter.
+FUSED_COPIES = (
+    "in_proj_weight", "in_proj_bias", "out_proj_weight", "out_proj_bias",
+    "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias",
+)  # fmt: skip
 RECORD = "lslora_record"  # what a checkpoint of this package is: see identity.py
 
 

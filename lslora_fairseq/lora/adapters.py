@@ -231,7 +231,7 @@ class SideWeights(nn.Module):
 
     def share(self, side):
         """p of one side, a scalar tensor."""
-        return self.logits.softmax(-1)[0, SIDES.index(side)]
+        return share_of(self.logits, side)
 
     def weight(self, _):
         return self.logits
@@ -241,6 +241,11 @@ class SideWeights(nn.Module):
 
     def refresh_pruned(self):
         pass
+
+
+def share_of(logits, side):
+    """p of one side, a scalar tensor, of a layer's w (1, 2)."""
+    return logits.softmax(-1)[0, SIDES.index(side)]
 
 
 class Adapter:

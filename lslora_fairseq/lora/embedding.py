@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lslora_fairseq.lora.merge import folded_embeddings
+
 
 class _Adapted:
     """Embeddings or output projection of a model that owns their adapter."""
@@ -65,5 +67,4 @@ class AdaptedProjection(_Adapted, nn.Linear):
 def merge_embeddings(adapted):
     """Adds the adapter to the weight (words, d) of embeddings or projection, in place, summed in
     fp32."""
-    A, B = (factor.float() for factor in adapted.factors())
-    adapted.weight.copy_(torch.addmm(adapted.weight.float(), B.t(), A))
+    adapted.weight.copy_(folded_embeddings(adapted.weight, *adapted.factors()))

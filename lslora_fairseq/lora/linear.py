@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lslora_fairseq.lora.formulations import AdaptedLinears, decoding_step
+from lslora_fairseq.lora.merge import delta_weight
 from lslora_fairseq.lora.routing import current_pass
 
 
@@ -74,13 +75,9 @@ class LSLoLinear(nn.Linear):
         """What one language (its index) adds to the weight: ΔW, or p · ΔW where weights are
         learned; (out, in) fp32, zero outside the adapted part."""
         side = self._side(side)
-        A, B = (factor.float() for factor in self.factors(language, side))
-        delta = torch.zeros_like(self.weight, dtype=torch.float)
-        delta[: self.site.out_features, : self.site.in_features] = (
-            self.layouts[side].scaling[language].float() * B.T @ A
-        )
-        share = self.adapters[side].share()
-        return delta if share is None else delta * share.float()
+        A, B = self.factors(language, side)
+        scaling, share = self.layouts[side].scaling[language], self.adapters[side].share()
+        return delta_weight(self.weight.shape, A, B, scaling, share)
 
     def _side(self, side):
         if side is None:

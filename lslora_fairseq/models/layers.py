@@ -14,15 +14,9 @@ from fairseq.modules.transformer_layer import (
 )
 from torch import nn
 
+from lslora_fairseq.keys import FUSED_COPIES
 from lslora_fairseq.lora.linear import apply_linears
 from lslora_fairseq.lora.routing import current_pass, routed
-
-# Parameters of an encoder layer of fairseq 0.12.2 that repeat those of its linears, for a fused
-# path in decoding that would go past any adapter.
-FUSED_COPIES = (
-    "in_proj_weight", "in_proj_bias", "out_proj_weight", "out_proj_bias",
-    "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias",
-)  # fmt: skip
 
 
 class BatchFirstLayerNorm(nn.LayerNorm):

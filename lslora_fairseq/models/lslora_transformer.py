@@ -14,14 +14,13 @@ from lslora_fairseq.checkpoints import being_loaded, read_args
 from lslora_fairseq.config import LORA_FIELDS, LSLoConfig, resolve
 from lslora_fairseq.errors import ConfigError, listed, one_line_errors
 from lslora_fairseq.identity import Identity, describe
-from lslora_fairseq.keys import EMBEDDINGS, RECORD, is_adapter_key, rename_masks
+from lslora_fairseq.keys import EMBEDDINGS, FUSED_COPIES, RECORD, is_adapter_key, rename_masks
 from lslora_fairseq.lora.adapters import PRUNED, Adapter, LayerAdapters, SideWeights
 from lslora_fairseq.lora.embedding import AdaptedEmbedding, AdaptedProjection, merge_embeddings
 from lslora_fairseq.lora.linear import LSLoLinear
 from lslora_fairseq.lora.merge import merged
 from lslora_fairseq.lora.plan import MODULES, SHARED, SIDES
 from lslora_fairseq.lora.routing import AdapterLayout
-from lslora_fairseq.models.layers import FUSED_COPIES
 from lslora_fairseq.models.loading import check_keys, match_rows, take_rows
 from lslora_fairseq.models.stacks import LSLoTransformerDecoder, LSLoTransformerEncoder
 from lslora_fairseq.unsupported import refuse_unsupported
