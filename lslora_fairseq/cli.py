@@ -30,6 +30,7 @@ COMMANDS = {
     "extract": ("adapters.extract", "a small file for each language's adapters, of a checkpoint"),
     "inspect": ("adapters.inspect", "what adapter files, or a checkpoint with adapters, hold"),
     "assemble": ("adapters.assemble", "a checkpoint of a base model and adapter files"),
+    "merge": ("adapters.merge", "a checkpoint of fairseq's own transformer, for one direction"),
     "compare": (
         "evaluation.compare",
         "is a system better than another, direction by direction and tier by tier",

@@ -28,31 +28,13 @@ def add_arguments(parser):
 def run(args):
     """Writes the checkpoint; returns the exit status."""
     from lslora_fairseq import checkpoints
-    from lslora_fairseq.adapters.assembly import Assembly, rows_of
-    from lslora_fairseq.adapters.collection import Collection
+    from lslora_fairseq.adapters.assembly import assembled
     from lslora_fairseq.errors import listed
 
-    adapters = Collection(args.adapters)
-    state = read_base(args.base)
-    assembly = Assembly.for_base(adapters, args.base, checkpoints.options_of(state))
-    changed = assembly.options(rows_of(args.base, state["model"]))
-    assembly.assemble(state["model"])
-    checkpoints.write_checkpoint(args.out, {**state, **_options(state, changed)})
+    adapters, content, changed = assembled(args.base, args.adapters)
+    checkpoints.write_checkpoint(args.out, {**content, **_options(content, changed)})
     print(f"{args.out}: adapters of {listed(adapters.files)} on {args.base}")
     return 0
-
-
-def read_base(path):
-    """All that the checkpoint of a base model holds, but for the state of its optimizer."""
-    import os
-
-    from lslora_fairseq import checkpoints
-    from lslora_fairseq.errors import ConfigError
-
-    if not os.path.isfile(path):
-        raise ConfigError(f"--base {path}: no such file: name the checkpoint of the base model")
-    checkpoints.allow_fairseq_checkpoints()
-    return {**checkpoints.load_checkpoint(path), "last_optimizer_state": None}
 
 
 def _options(state, changed):

@@ -1,10 +1,13 @@
 """A base model and adapter files become a model with adapters, on a state dict."""
 
 import logging
+import os
 
 import torch
 
+from lslora_fairseq import checkpoints
 from lslora_fairseq.adapters import fingerprint, packing
+from lslora_fairseq.adapters.collection import Collection
 from lslora_fairseq.adapters.files import row_name
 from lslora_fairseq.adapters.header import PROJECTION
 from lslora_fairseq.analysis.trained import by_adapters, owners, shared_sites, sizes
@@ -216,6 +219,31 @@ class Assembly:
                     else _words_of(B.t(), whole[:, b], file.header, known)
                 )
         return weight, mask
+
+
+def assembled(base, places):
+    """A base model's checkpoint becomes that of a model with adapters.
+
+    Args:
+        base: path of the checkpoint
+        places: adapter files, and folders of them
+
+    Returns:
+        the :class:`~lslora_fairseq.adapters.collection.Collection`; all that the checkpoint holds,
+        assembled, but for the state of its optimizer; the options that change, by name
+
+    Raises:
+        ConfigError: something cannot be read, or does not go together.
+    """
+    adapters = Collection(places)
+    if not os.path.isfile(base):
+        raise ConfigError(f"--base {base}: no such file: name the checkpoint of the base model")
+    checkpoints.allow_fairseq_checkpoints()
+    content = {**checkpoints.load_checkpoint(base), "last_optimizer_state": None}
+    assembly = Assembly.for_base(adapters, base, checkpoints.options_of(content))
+    changed = assembly.options(rows_of(base, content["model"]))
+    assembly.assemble(content["model"])
+    return adapters, content, changed
 
 
 def rows_of(path, state):

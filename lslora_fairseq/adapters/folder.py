@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from contextlib import contextmanager
 
 from lslora_fairseq.adapters.card import card
 from lslora_fairseq.adapters.extraction import Extraction
@@ -38,17 +39,36 @@ def write(path, trained, codes, dtype, licence=None, scores=None):
             raise ConfigError(
                 f"{trained.path} has adapters that all languages share alone: leave out --langs"
             )
+    found = {}
+    with new(path) as folder:
+        for owner, header, content in made.files(chosen, dtype):
+            found[owner] = header, _write(folder, owner + SUFFIX, content)
+            read(os.path.join(folder, owner + SUFFIX))
+        _write(folder, CARD, card(found, trained.options, licence, scores).encode())
+    return found
+
+
+@contextmanager
+def new(path):
+    """A folder that is filled under another name, and has its own once it is complete.
+
+    Args:
+        path: of ``--out``; it must be empty if it is there
+
+    Yields:
+        the path of the folder to fill
+
+    Raises:
+        ConfigError: it holds something, or cannot be written.
+    """
     if os.path.lexists(path) and not (os.path.isdir(path) and not os.listdir(path)):
         raise ConfigError(f"--out {path} is there already: name a folder that is not, or is empty")
-    path, found = os.path.normpath(path), {}
+    path = os.path.normpath(path)
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         beside = tempfile.mkdtemp(prefix=f"{os.path.basename(path)}.tmp", dir=os.path.dirname(path))
         try:
-            for owner, header, content in made.files(chosen, dtype):
-                found[owner] = header, _write(beside, owner + SUFFIX, content)
-                read(os.path.join(beside, owner + SUFFIX))
-            _write(beside, CARD, card(found, trained.options, licence, scores).encode())
+            yield beside
             os.chmod(beside, 0o777 & ~_umask())
             os.replace(beside, path)
         finally:
@@ -58,7 +78,6 @@ def write(path, trained, codes, dtype, licence=None, scores=None):
             f"cannot write --out {path} ({error.strerror or error}): free some space or name "
             "another folder"
         ) from None
-    return found
 
 
 def _write(folder, name, content):

@@ -81,7 +81,17 @@ def read(path):
     if not os.path.isfile(path):
         raise ConfigError(f"{path}: no such file: name a checkpoint that fairseq-train wrote")
     allow_fairseq_checkpoints()
-    options, weights = read_checkpoint(path)
+    return of(path, *read_checkpoint(path))
+
+
+def of(path, options, weights):
+    """What :func:`read` returns, of a checkpoint's content.
+
+    Args:
+        path: what stands for it in messages
+        options: those in it, by name
+        weights: its state dict
+    """
     if options.get("lora_tiers") is None or not any(map(is_adapter_key, weights)):
         raise ConfigError(
             f"{path} has no adapters: name a checkpoint that was trained with --arch lslora_…"

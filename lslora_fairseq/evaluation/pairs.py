@@ -35,16 +35,17 @@ def in_data(folder, subset):
     return found
 
 
-def chosen(spec, found):
-    """The directions that ``--pairs`` asks for, in the order of *found*.
+def chosen(spec, found, option="--pairs", where="the data"):
+    """The directions that an option asks for, in the order of *found*.
 
     Args:
         spec: ``all``, directions and patterns such as ``en-fr,*-en``, or a file of them, separated
             by commas or white space
-        found: the directions of the data
+        found: the directions that there are
+        option, where: its name, and what has these directions, for messages
 
     Raises:
-        ConfigError: a direction or pattern fits nothing of the data.
+        ConfigError: a direction or pattern fits none of them.
     """
     if spec == "all":
         return list(found)
@@ -53,13 +54,13 @@ def chosen(spec, found):
             spec = file.read()
     asked = [word for word in re.split(r"[\s,]+", spec) if word]
     if not asked:
-        raise ConfigError("--pairs names no direction: write all, or such as en-fr,'*-en'")
+        raise ConfigError(f"{option} names no direction: write all, or such as en-fr,'*-en'")
     wanted = set()
     for pattern in asked:
         fitting = [pair for pair in found if fnmatchcase(pair, pattern)]
         if not fitting:
             raise ConfigError(
-                f"--pairs: no direction of the data fits {pattern!r}: there are {listed(found)}"
+                f"{option}: no direction of {where} fits {pattern!r}: there are {listed(found)}"
             )
         wanted.update(fitting)
     return [pair for pair in found if pair in wanted]
