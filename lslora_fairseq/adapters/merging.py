@@ -152,7 +152,8 @@ class Merging:
             **self._tokens(),
             **dict.fromkeys(("encoder_embed_path", "decoder_embed_path")),  # weights are here
             "lang_pairs": f"{source}-{target}", "source_lang": source, "target_lang": target,
-            "arch": ARCH, "_name": ARCH, "task": TASK, "seed": 1,
+            "arch": ARCH, "_name": ARCH, "task": TASK,
+            "seed": 1, "dataset_impl": None,  # the task reads them, too
         }  # fmt: skip
         return json.loads(json.dumps(found))
 

@@ -7,7 +7,7 @@ from collections import OrderedDict
 import adapter_files
 import pytest
 import torch
-from console import USER_DIR, generate_args, lslora, run
+from console import ROOT, USER_DIR, generate_args, lslora, run
 
 from lslora_fairseq import cli
 from lslora_fairseq.errors import UserError
@@ -94,6 +94,14 @@ def test_from_python_without_the_package(corpus, merged):
     )
     _, out, _ = run(sys.executable, "-c", code, merged[0], corpus.data, fresh=True)
     assert out.splitlines()[-1] == "TransformerModel 8 False"
+
+
+def test_ctranslate2_gives_the_same_tokens(corpus, merged):
+    """Where it is installed: with its own converter, and int8 as well."""
+    pytest.importorskip("ctranslate2")
+    script = ROOT / "scripts" / "ctranslate2_merged.py"
+    _, out, _ = run(sys.executable, script, merged[0], corpus.data, fresh=True)
+    assert "float32     8 sentences as fairseq" in out and "int8" in out
 
 
 def test_what_is_refused(corpus, finetuned, merged, tmp_path):
