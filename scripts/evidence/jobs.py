@@ -112,7 +112,8 @@ def _run(command, log, core):
             command,
             stdout=file,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            # what a log tells is read: fairseq would keep it back at another level
+            env={**os.environ, "OMP_NUM_THREADS": "1", "LOGLEVEL": "INFO"},
             preexec_fn=lambda: os.sched_setaffinity(0, {core}),
         )
         _, status, usage = os.wait4(process.pid, 0)

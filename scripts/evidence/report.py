@@ -10,6 +10,7 @@ seed by seed. Of seconds an update, the quickest run's are given.
 
 import argparse
 import json
+import logging
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -315,6 +316,7 @@ def main():
     add("--base", default="base", help="folder of the base model in it (default: base)")
     add("--out", type=Path, required=True, help="folder to write to")
     args = parser.parse_args()
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # fairseq lets all of it through
     with one_line_errors():
         print(write(args.work, args.base, args.out))
 
