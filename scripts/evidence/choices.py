@@ -43,10 +43,8 @@ CHOICES = {
     "defaults, learning rate 2e-3": ("", 2e-3),
     "defaults, learning rate 8e-3": ("", 8e-3),
     "rank 2": ("--lora-rank 2", 4e-3),
-    "rank 2, learning rate 8e-3": ("--lora-rank 2", 8e-3),
     "rank 8": ("--lora-rank 8", 4e-3),
     "rank 16": ("--lora-rank 16", 4e-3),
-    "rank 16, learning rate 2e-3": ("--lora-rank 16", 2e-3),
     "rank 4, English 16": ("--lora-rank high=4,medium=4,low=4,en=16", 4e-3),
     "shared 32": ("--lora-shared-rank 32", 4e-3),
     "embeddings 16": ("--lora-embedding-rank 16", 4e-3),
@@ -59,10 +57,8 @@ CHOICES = {
         4e-3,
     ),
     "dropout 0.1": ("--dropout 0.1", 4e-3),
-    "dropout 0.1 in the adapters": ("--lora-dropout 0.1", 4e-3),
     "weight decay 0.01": ("--weight-decay 0.01", 4e-3),
     "0.9 of B pruned": (PRUNED, 4e-3),
-    "0.9 of B pruned, rank 16": (f"--lora-rank 16 {PRUNED}", 4e-3),
 }
 
 
