@@ -205,6 +205,8 @@ def check_model(inputs):
     more = " alone" * (not plan.sites)
     if plan.trained is not None:
         more += f"; only those of {listed(plan.trained)} are trained"
+    if inputs.model.added:
+        more += f"; those of {listed(inputs.model.added)} are new"
     found = (
         f"{size.adapter_entries:,} trainable parameters, "
         f"{size.adapter_entries / size.base_parameters:.2%} of {size.base_parameters:,}: "

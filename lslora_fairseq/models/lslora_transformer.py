@@ -21,7 +21,7 @@ from lslora_fairseq.lora.linear import LSLoLinear
 from lslora_fairseq.lora.merge import merged
 from lslora_fairseq.lora.plan import MODULES, SHARED, SIDES
 from lslora_fairseq.lora.routing import AdapterLayout
-from lslora_fairseq.models.loading import check_keys, match_rows, take_rows
+from lslora_fairseq.models.loading import add_languages, check_keys, match_rows, take_rows
 from lslora_fairseq.models.stacks import LSLoTransformerDecoder, LSLoTransformerEncoder
 from lslora_fairseq.unsupported import refuse_unsupported
 
@@ -33,6 +33,7 @@ class LSLoTransformerModel(TransformerModel):
     """fairseq's transformer, frozen, with one LoRA per language in its linears."""
 
     begun_with = None  # the Assembly of adapter files for the base model that is loaded, or None
+    added = ()  # languages that training adds to those of the checkpoint that is loaded
 
     @classmethod
     def add_args(cls, parser):
@@ -344,11 +345,14 @@ class LSLoTransformerModel(TransformerModel):
                 self.begun_with.assemble(state_dict)
             found = self._identity_of(state_dict)
             self._know_base(found, state_dict)
+            has_adapters = any(map(is_adapter_key, state_dict))
+            if self.added and has_adapters:
+                add_languages(own, state_dict, found, self.plan, self.added)
             if found.adapters is not None:
-                found.check_adapters(self.identity.adapters)
+                found.check_adapters(self.identity.adapters, self.added)
             if found.langs is not None or being_loaded.get() is not None:
                 self._match_embeddings(own, state_dict, found)
-            if not any(is_adapter_key(key) for key in state_dict):
+            if not has_adapters:
                 state_dict.update({k: v for k, v in own.items() if is_adapter_key(k)})
             state_dict[RECORD] = own[RECORD] = getattr(self, RECORD)
             check_keys(own, state_dict, found)

@@ -198,6 +198,9 @@ def restore_lora_options(args, path, saved, is_fresh=False):
         saved: the options that it was trained with
         is_fresh: training starts afresh from it, as a further stage, and does not go on
 
+    Returns:
+        the languages that a further stage adds
+
     Raises:
         ConfigError: this run has other options, or keeps adapters that are not there.
     """
@@ -208,9 +211,13 @@ def restore_lora_options(args, path, saved, is_fresh=False):
                 f"{path or 'a new model'} has none: leave it out, or start from a checkpoint with "
                 "adapters (--finetune-from-model)"
             )
-        return
+        return ()
     languages = Languages.parse(saved["lora_tiers"])
     given = Namespace(**{n: getattr(args, n) for n in LORA_FIELDS if hasattr(args, n)})
+    grown, tiers = languages, getattr(given, "lora_tiers", None)
+    if is_fresh and tiers is not None:
+        grown = languages.joined(Languages.parse(tiers))
+    added = tuple(code for code in grown.codes if code not in languages)
     for name in LORA_FIELDS:
         trained = saved.get(name, getattr(LSLoConfig, name))  # older than the option
         value = getattr(given, name, None)
@@ -218,26 +225,35 @@ def restore_lora_options(args, path, saved, is_fresh=False):
         # what was kept concerns the stage that kept it
         if is_fresh and name in FREE_FIELDS and (is_given or name == "lora_train_languages"):
             continue
-        if is_given and not _same(name, value, trained, languages):
+        if is_given and not _same(name, value, trained, languages, grown):
             here, there = _from_first_difference(value, trained)
             raise ConfigError(
                 f"--{name.replace('_', '-')} {here} differs from {there} of {path}, which "
                 f"this run {'starts from' if is_fresh else 'resumes'}: leave the option out, or "
                 f"choose another {'checkpoint' if is_fresh else '--save-dir'}"
             )
-        setattr(args, name, trained)
+        is_of_added = is_given and added and name in ("lora_rank", "lora_alpha")
+        setattr(args, name, value if is_of_added else trained)
+    if added:
+        args.lora_tiers = grown.spec
+    return added
 
 
-def _same(name, value, saved, languages):
-    """Whether two texts of an option mean the same for these languages."""
-    if name == "lora_tiers":  # a file and its text may spell the same inventory
+def _same(name, value, saved, languages, grown):
+    """Whether two texts of an option agree.
+
+    Args:
+        languages: those of the checkpoint
+        grown: with those that are added
+    """
+    if name == "lora_tiers":  # those that it leaves out stay
         here = Languages.parse(value)
-        return {c: here.tier(c) for c in here.codes} == {
-            c: languages.tier(c) for c in languages.codes
-        }
+        return all(c in grown and here.tier(c) == grown.tier(c) for c in here.codes)
     if name in ("lora_rank", "lora_alpha") and saved is not None:
         option = f"--{name.replace('_', '-')}"
-        return len({languages.per_language(v, option, float) for v in (value, saved)}) == 1
+        here = dict(zip(grown.codes, grown.per_language(value, option, float)))
+        there = languages.per_language(saved, option, float)
+        return tuple(here[code] for code in languages.codes) == there
     if name.endswith(("_target_modules", "_train_languages")) and saved is not None:
         return {v.strip() for v in value.split(",")} == {v.strip() for v in saved.split(",")}
     return str(value) == str(saved)

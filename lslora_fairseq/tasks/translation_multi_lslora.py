@@ -91,9 +91,9 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
 
     def build_model(self, args, from_checkpoint=False):
         with one_line_errors():
-            assembly = None
+            assembly, added = None, ()
             if not from_checkpoint and hasattr(args, "restore_file"):
-                assembly = self._prepare_training(args)
+                assembly, added = self._prepare_training(args)
             elif from_checkpoint and self.adapters is not None:
                 path = getattr(self.args, "path", None) or "the base model"
                 assembly = Assembly.for_base(self.adapters, path, vars(args))
@@ -101,6 +101,8 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
             model = super().build_model(args, from_checkpoint)
             if assembly is not None:
                 model.begun_with = assembly
+            if added:
+                model.added = added
             if hasattr(model, "plan"):
                 self._check_languages(model, from_checkpoint)
                 self._read_ids = self._id_reader(model)
@@ -125,7 +127,8 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
         """Checks what training needs; the options of the adapters follow the checkpoint.
 
         Returns:
-            the :class:`Assembly` of files that training begins with, or None
+            the :class:`Assembly` of files that training begins with, or None; the languages that
+            it adds to those of its checkpoint or files
         """
         if getattr(args, "optimizer", None):
             options.check_optimizer(args)
@@ -148,9 +151,9 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
         if self.places and (is_fresh or saved.get("lora_tiers") is None):
             assembly = Assembly.for_base(Collection(self.places), path, saved)
             path, saved = assembly.adapters.path, assembly.model_options()
-        options.restore_lora_options(args, path, saved, is_fresh)
+        added = options.restore_lora_options(args, path, saved, is_fresh)
         options.begin_adapters(args, len(self.source_dictionary))
-        return assembly
+        return assembly, added
 
     def _check_languages(self, model, from_checkpoint):
         """Every language of the data has an adapter, every adapter a language token."""
@@ -404,9 +407,10 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
             kept = f"only the adapters of {listed(trained)} are trained, all others stay; of them, "
         logger.info(
             "adapters continue from %s: languages, ranks, alpha, sides, modules and shape are its "
-            "own; optimizer, learning rate, pruning schedule and dropout are this run's; %s%s of "
+            "own%s; optimizer, learning rate, pruning schedule and dropout are this run's; %s%s of "
             "%s entries are pruned%s",
             path,
+            f", and {listed(model.added)} new" if model.added else "",
             kept,
             f"{pruned:,}",
             f"{entries:,}",
