@@ -65,6 +65,7 @@ def _options(inputs, words):
     if not arch:
         sizes = {**saved, **NOT_TAKEN_OVER, **vars(options)}
         options = Namespace(**sizes)
+    options.lora_train_tokens = None  # a row each, and of which tokens, the task knows
     options.checkpoint_activations = inputs.args.checkpoint_activations
     ARCH_CONFIG_REGISTRY[arch or "lslora_transformer"](options)
     begin_adapters(options, words)

@@ -65,17 +65,18 @@ def take_rows(own, found, matched):
     return torch.where(known, found[matched.clamp(min=0)], own.to(found.dtype))
 
 
-def add_languages(own, found, source, plan, added):
+def add_languages(own, found, source, plan, starts):
     """Gives a checkpoint the fresh adapters of languages that it does not have, in place.
 
     Args:
         own, found: state dicts of the model and of the checkpoint
         source: the :class:`~lslora_fairseq.identity.Identity` of *found*
         plan: the model's :class:`~lslora_fairseq.config.AdapterPlan`
-        added: the languages
+        starts: code of each of these languages -> the one whose adapters it starts with, or None
 
     Raises:
-        ConfigError: the checkpoint does not tell whose its adapters are.
+        ConfigError: the checkpoint does not tell whose its adapters are, or a language starts with
+            adapters of another rank.
     """
     if source.adapters is None:
         raise ConfigError(
@@ -89,11 +90,22 @@ def add_languages(own, found, source, plan, added):
         if pruned is None or len(pruned) != sum(theirs.values()):
             continue  # the checks that follow tell what is odd
         rows = dict(zip(theirs, pruned.split([*theirs.values()])))
-        for code in added:
-            rows.setdefault(code, pruned.new_zeros(len(own[f"{key}.lora_{code}"]), pruned.size(1)))
+        for code, like in starts.items():
+            fresh = own[f"{key}.lora_{code}"]
+            rows.setdefault(code, pruned.new_zeros(len(fresh), pruned.size(1)))
+            if like is not None:
+                fresh = _started(found[f"{key}.lora_{like}"], fresh, code, like)
+            found.setdefault(f"{key}.lora_{code}", fresh)
         found[name] = torch.cat([rows[code] for code in plan.languages.codes if code in rows])
-        for code in added:
-            found.setdefault(f"{key}.lora_{code}", own[f"{key}.lora_{code}"])
+
+
+def _started(other, fresh, code, like):
+    if other.shape == fresh.shape:
+        return other.clone()
+    raise ConfigError(
+        f"--lora-init-from {code}={like}: {like} has rank {len(other)} and {code} {len(fresh)}: "
+        "give both the same with --lora-rank, or leave it out"
+    )
 
 
 def check_keys(own, found, source):

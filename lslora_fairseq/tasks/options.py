@@ -7,6 +7,7 @@ import re
 from argparse import Namespace
 
 from fairseq.checkpoint_utils import get_maybe_sharded_checkpoint_filename
+from fairseq.data.multilingual.multilingual_utils import get_lang_tok
 
 from lslora_fairseq.adapters.assembly import Assembly, rows_of
 from lslora_fairseq.adapters.header import TOKENS
@@ -20,7 +21,8 @@ logger = logging.getLogger(__name__)
 # what decoding takes from the checkpoint unless the command line gives it
 TASK_FIELDS = ("langs", "lang_dict", "lang_pairs", *TOKENS)
 # what may change from one stage to the next on the same adapters
-FREE_FIELDS = ("lora_dropout", "lora_train_languages")
+STAGE_FIELDS = ("lora_train_languages", "lora_train_tokens", "lora_init_from")  # of a stage alone
+FREE_FIELDS = ("lora_dropout", *STAGE_FIELDS)
 DEFAULT_RESTORE_FILE = "checkpoint_last.pt"
 
 
@@ -180,12 +182,76 @@ def begin_adapters(args, words):
     Args:
         words: number of rows of the embeddings
     """
-    several = getattr(args, "adaptive_softmax_cutoff", None) is not None
-    several |= not getattr(args, "share_all_embeddings", False)  # matrices of embeddings
+    several = _has_several_matrices(args)
     for name, value in NEW_ADAPTERS.items():
         if getattr(args, name, None) is None:
             is_left_out = several and name == "lora_embedding_rank"
             setattr(args, name, 0 if is_left_out else min(value, args.encoder_embed_dim, words))
+
+
+def _has_several_matrices(args):
+    """Whether encoder, decoder and output projection do not share one matrix of embeddings."""
+    several = getattr(args, "adaptive_softmax_cutoff", None) is not None
+    return several or not getattr(args, "share_all_embeddings", False)
+
+
+def begin_tokens(args, base, dictionary, saved):
+    """Fills in whose tokens' rows a stage trains, if it is not told: those that are new to the base
+    model, and those that the stage before trained.
+
+    Args:
+        base: :class:`~lslora_fairseq.identity.Identity` of what training starts from, or None
+        dictionary: this run's
+        saved: the options of what it starts from
+    """
+    config = LSLoConfig.from_namespace(args)
+    if config.lora_tiers is None or config.lora_train_tokens is not None:
+        return
+    args.lora_train_tokens = "none"
+    if _has_several_matrices(args) or base is None or base.langs is None:
+        return
+    languages = Languages.parse(config.lora_tiers)
+    if not any(languages.per_language(config.lora_rank, "--lora-rank", int)):
+        return
+    chosen = languages.codes
+    if config.lora_train_languages is not None:
+        chosen = languages.subset(config.lora_train_languages, "--lora-train-languages")
+    before = (saved.get("lora_train_tokens") or "").split(",")
+    found = [
+        code
+        for code in chosen
+        if (code not in base.langs or code in before)
+        and dictionary.index(get_lang_tok(code, args.lang_tok_style)) >= dictionary.rows_in_file
+    ]
+    args.lora_train_tokens = ",".join(found) or "none"
+
+
+def starts_of(args, added, has_adapters):
+    """Which language another one starts as, by ``--lora-init-from``.
+
+    Args:
+        added: the languages that this stage adds
+        has_adapters: training starts from a checkpoint or files with adapters
+
+    Raises:
+        ConfigError: it cannot be read, or names languages that do not start here.
+    """
+    option, found = "--lora-init-from", {}
+    text = getattr(args, "lora_init_from", None) or ""
+    for part in filter(None, text.replace(" ", "").split(",")):
+        code, equals, source = part.partition("=")
+        if not (code and equals and source):
+            raise ConfigError(f"{option}: cannot read {part!r}: write wo=fr,sd=ur")
+        languages = Languages.parse(args.lora_tiers)
+        languages.subset(f"{code},{source}", option)
+        if has_adapters and (code not in added or source in added):
+            odd = f"{source} has no" if code in added else f"{code} has"
+            raise ConfigError(
+                f"{option} {part}: {odd} adapters where this run starts from: name a language that "
+                "it adds, and one that is there"
+            )
+        found[code] = source
+    return found
 
 
 def restore_lora_options(args, path, saved, is_fresh=False):
@@ -222,8 +288,7 @@ def restore_lora_options(args, path, saved, is_fresh=False):
         trained = saved.get(name, getattr(LSLoConfig, name))  # older than the option
         value = getattr(given, name, None)
         is_given = value is not None and value is not False  # the doctor's parser: not given
-        # what was kept concerns the stage that kept it
-        if is_fresh and name in FREE_FIELDS and (is_given or name == "lora_train_languages"):
+        if is_fresh and name in FREE_FIELDS and (is_given or name in STAGE_FIELDS):
             continue
         if is_given and not _same(name, value, trained, languages, grown):
             here, there = _from_first_difference(value, trained)
@@ -254,6 +319,7 @@ def _same(name, value, saved, languages, grown):
         here = dict(zip(grown.codes, grown.per_language(value, option, float)))
         there = languages.per_language(saved, option, float)
         return tuple(here[code] for code in languages.codes) == there
-    if name.endswith(("_target_modules", "_train_languages")) and saved is not None:
+    lists = ("_target_modules", "_train_languages", "_train_tokens", "_init_from")
+    if name.endswith(lists) and saved is not None:
         return {v.strip() for v in value.split(",")} == {v.strip() for v in saved.split(",")}
     return str(value) == str(saved)

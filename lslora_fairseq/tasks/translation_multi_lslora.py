@@ -91,19 +91,18 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
 
     def build_model(self, args, from_checkpoint=False):
         with one_line_errors():
-            assembly, added = None, ()
+            begun = {}
             if not from_checkpoint and hasattr(args, "restore_file"):
-                assembly, added = self._prepare_training(args)
+                begun = self._prepare_training(args)
             elif from_checkpoint and self.adapters is not None:
                 path = getattr(self.args, "path", None) or "the base model"
                 assembly = Assembly.for_base(self.adapters, path, vars(args))
+                begun = {"begun_with": assembly}
                 args = Namespace(**{**vars(args), **assembly.model_options()})
             model = super().build_model(args, from_checkpoint)
-            if assembly is not None:
-                model.begun_with = assembly
-            if added:
-                model.added = added
             if hasattr(model, "plan"):
+                for name, value in begun.items():
+                    setattr(model, name, value)
                 self._check_languages(model, from_checkpoint)
                 self._read_ids = self._id_reader(model)
             else:  # a stock model: nothing to route
@@ -127,8 +126,8 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
         """Checks what training needs; the options of the adapters follow the checkpoint.
 
         Returns:
-            the :class:`Assembly` of files that training begins with, or None; the languages that
-            it adds to those of its checkpoint or files
+            what the model needs to know of a checkpoint that training starts afresh from, by name
+            of its attributes
         """
         if getattr(args, "optimizer", None):
             options.check_optimizer(args)
@@ -153,7 +152,15 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
             path, saved = assembly.adapters.path, assembly.model_options()
         added = options.restore_lora_options(args, path, saved, is_fresh)
         options.begin_adapters(args, len(self.source_dictionary))
-        return assembly, added
+        if not is_fresh:
+            return {"begun_with": assembly}
+        base = None
+        if path is not None:
+            base = Identity.from_options(path, saved) if assembly is None else assembly.known()
+        options.begin_tokens(args, base, self.source_dictionary, saved)
+        has_adapters = saved.get("lora_tiers") is not None
+        starts = options.starts_of(args, added, has_adapters)
+        return {"begun_with": assembly, "added": added, "init_from": starts}
 
     def _check_languages(self, model, from_checkpoint):
         """Every language of the data has an adapter, every adapter a language token."""
@@ -390,6 +397,11 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
                 name = f"p_source/{layer}"  # TensorBoard draws names with one prefix together
                 metrics.log_scalar(name, share, weight=0, priority=700, round=4)
         return super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad)
+
+    def optimizer_step(self, optimizer, model, update_num):
+        super().optimizer_step(optimizer, model, update_num)
+        if self.languages is not None:
+            model.write_token_rows()
 
     def starts_afresh(self, model, path):
         """Called once training has loaded the checkpoint that it starts from with a new optimizer:
