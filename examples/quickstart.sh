@@ -64,7 +64,8 @@ follows "$(checksum "$ROOT/scripts/best_checkpoint.py")"
 step finetune_full "$WORK/full" full_finetunings "${FULL_RATES[*]}" \
     fairseq-train "$WORK/data/finetune" --cpu --user-dir "$ROOT/lslora_fairseq" \
     --task translation_multi_simple_epoch --arch transformer "${FINETUNING[@]}" \
-    --finetune-from-model "$WORK/base/checkpoint_last.pt" --optimizer adam
+    --finetune-from-model "$WORK/base/checkpoint_last.pt" \
+    --criterion label_smoothed_cross_entropy --optimizer adam
 # its adapters, and all that runs this package's own code
 follows "$(package_checksum)"
 finetune finetune "$WORK/finetuned" 0.9 language --lora-rank 4

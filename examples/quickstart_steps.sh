@@ -24,8 +24,7 @@ FINETUNING=(
     "${SIZES[@]}"
     --adam-betas '(0.9, 0.98)' --clip-norm 1.0
     --lr-scheduler inverse_sqrt --warmup-updates 50 --max-epoch 3
-    --criterion label_smoothed_cross_entropy --label-smoothing 0.1
-    --sampling-method temperature --sampling-temperature 1.5
+    --label-smoothing 0.1 --sampling-method temperature --sampling-temperature 1.5
     --max-tokens 750 --required-batch-size-multiple 1 --num-workers 0 --seed 1 --dropout 0
     --no-epoch-checkpoints --log-format simple --log-interval 50
 )
@@ -45,7 +44,8 @@ finetune() {
         --finetune-from-model "$WORK/base/checkpoint_last.pt" --save-dir "$2" \
         --lora-tiers "$WORK/corpus/tiers.tsv" --lora-shared-rank 32 --lora-embedding-rank 64 \
         --encoder-target-modules "$ENCODER_MODULES" --decoder-target-modules "$DECODER_MODULES" \
-        "${@:5}" --optimizer pruned_adam --lr 0.004 \
+        "${@:5}" --criterion lslora_label_smoothed_cross_entropy \
+        --optimizer pruned_adam --lr 0.004 \
         --pruning-final-sparsity "$3" --pruning-begin 1 --pruning-duration 2 --pruning-scope "$4"
 }
 

@@ -25,7 +25,7 @@ options=(
     --pruning-final-sparsity "$FINAL_SPARSITY" --pruning-scope "$PRUNING_SCOPE"
     --pruning-begin "$PRUNING_BEGIN" --pruning-duration "$PRUNING_DURATION"
     --lr-scheduler inverse_sqrt --lr "$LR" --warmup-updates 1
-    --criterion label_smoothed_cross_entropy --label-smoothing "$LABEL_SMOOTHING"
+    --criterion lslora_label_smoothed_cross_entropy --label-smoothing "$LABEL_SMOOTHING"
     --dropout "$DROPOUT" --attention-dropout "$ATTENTION_DROPOUT"
     --sampling-method temperature --sampling-temperature "$SAMPLING_TEMPERATURE"
     --max-tokens "$MAX_TOKENS" --update-freq "$UPDATE_FREQ" --required-batch-size-multiple 1
