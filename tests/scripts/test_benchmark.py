@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import benchmark
 import benchmark_615m
+import benchmark_loss
 import benchmark_models
 import benchmark_sections
 import pytest
@@ -27,7 +28,7 @@ def tiny(monkeypatch):
     monkeypatch.setitem(benchmark.PRESETS, "cpu-small", TINY)
     monkeypatch.setattr(benchmark_models, "M2M_615M", TINY)
     monkeypatch.setattr(benchmark_sections, "MANY_LANGUAGES", 20)
-    for module in (benchmark_sections, benchmark_615m):
+    for module in (benchmark_sections, benchmark_615m, benchmark_loss):
         monkeypatch.setattr(module, "in_own_process", lambda f, *args: f(*args))
 
 
@@ -188,6 +189,25 @@ def test_record_holds_what_the_tables_say(tmp_path, capsys):
     memory = record["sections"]["memory"]["tables"][0]["rows"]
     assert memory["full fine-tuning"][2]["median"] == 1
     assert {"lslora_fairseq, 1 language", "lslora_fairseq, 4 languages"} < memory.keys()
+
+
+@pytest.mark.parametrize("kind", ["", benchmark_loss.ADAPTED])
+def test_both_losses_are_the_same(kind):
+    losses = [
+        benchmark_loss.Loss(TINY, label + kind).run()
+        for label in (benchmark_loss.STOCK, benchmark_loss.OURS)
+    ]
+    torch.testing.assert_close(*losses)
+
+
+def test_losses_and_the_memory_of_steps():
+    options = SimpleNamespace(repetitions=2, threads=1)
+    plain, adapted = benchmark_loss.loss(options).tables
+    for table in (plain, adapted):
+        stock, ours = table.rows.values()
+        assert stock[1].median == stock[3].median == 1 and ours[1].median > 0
+    (table,) = benchmark_loss.loss_step(options).tables
+    assert list(table.rows) == ["full fine-tuning", benchmark_models.STOCK_LOSS, "lslora_fairseq"]
 
 
 def test_startup(monkeypatch, capfd):
