@@ -131,7 +131,7 @@ def _in_pieces(
         if smoothing:
             dz.sub_(rest)
         dz.scatter_add_(1, gold, dz.new_full(gold.shape, smoothing + rest - 1))
-        if scale != 1:
+        if dtype != wide:
             dz = torch.mul(dz, scale, out=z)
         dh = (dz @ E).to(wide)
         if A is not None:

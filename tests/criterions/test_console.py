@@ -51,9 +51,14 @@ def test_its_checkpoint_is_validated(corpus, ours):
     assert losses(out)[-1] == pytest.approx(losses(ours[1])[-2], abs=0.001)
 
 
-def test_a_run_with_fairseqs_goes_on_with_it(corpus, finetuned, tmp_path):
-    shutil.copy(finetuned[0], tmp_path)
-    more = with_option(args(corpus, tmp_path), "--max-epoch", "4")
-    _, out, _ = run("fairseq-train", *without(more, "--finetune-from-model"))
-    valid, train = losses(out)
-    assert valid < losses(finetuned[1])[0] and train < losses(finetuned[1])[-1]
+def test_a_run_goes_on_with_the_other_criterion(corpus, finetuned, ours, tmp_path):
+    found = []
+    for path, name in ((finetuned[0], OURS), (ours[0], "label_smoothed_cross_entropy")):
+        folder = tmp_path / name
+        folder.mkdir()
+        shutil.copy(path, folder)
+        more = with_option(args(corpus, folder, "--max-epoch", "4"), "--criterion", name)
+        _, out, _ = run("fairseq-train", *without(more, "--finetune-from-model"))
+        assert "| train | epoch 004 |" in out and "epoch 003 |" not in out
+        found.append(losses(out))
+    assert len(found[0]) == 2 and found[0] == pytest.approx(found[1], abs=0.002)

@@ -8,7 +8,8 @@ from toy import HALF_ON_CPU, Work
 from lslora_fairseq.criterions import frozen_projection
 from lslora_fairseq.criterions.frozen_projection import frozen_projection_loss
 
-BATCH, TIME, DIM, WORDS, RANK, PAD = 3, 6, 8, 50, 3, 1
+# padding is the word that wins a tie, as all words do where features are zero
+BATCH, TIME, DIM, WORDS, RANK, PAD = 3, 6, 8, 50, 3, 0
 TOKENS = 13  # that are not padding
 
 
@@ -70,9 +71,10 @@ def test_some_targets_are_hit(pieces):
     pieces(3)
     trained, projection, target = problem()
     E, A, B = projection
-    target[:, :2] = (trained[0] @ (E + B.t() @ A).t()).argmax(-1)[:, :2]
+    likeliest = (trained[0] @ (E + B.t() @ A).t()).argmax(-1)[:, :2]
+    target[:, :2] = likeliest.where(likeliest != PAD, target[:, :2])
     *_, hits = frozen_projection_loss(trained[0], projection, target, 0.1, PAD, TOKENS, True)
-    assert hits == stock(trained[0], projection, target, 0.1)[2] >= 6
+    assert hits == stock(trained[0], projection, target, 0.1)[2] >= 4
     assert frozen_projection_loss(trained[0], projection, target, 0.1, PAD, TOKENS)[2] is None
 
 
@@ -142,8 +144,9 @@ def test_half_precision_keeps_small_gradients_until_the_loss_is_scaled(pieces, d
     x, E = trained[0], projection[0]
     target[target != PAD] = 7
     with torch.no_grad():
-        x.add_(1)
-        E[7] = 2
+        x.add_(1).mul_(16)  # and small weights, so that dx is 1e-6
+        E.div_(16)[7] = 2 / 16
+        projection[1].div_(16)
     wide = [t.detach().float().requires_grad_() for t in trained]
     scaled = 2.0**12
     loss, *_ = frozen_projection_loss(x, projection, target, 0.0, PAD, TOKENS)
