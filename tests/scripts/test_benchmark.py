@@ -222,6 +222,7 @@ def test_startup(monkeypatch, capfd):
     assert table.rows["fairseq alone"][1].median == 1
 
 
+@pytest.mark.slow
 def test_lifecycle():
     """Real commands: a model is trained, resumed, pruned, merged and decoded."""
     result = benchmark_615m.lifecycle(SimpleNamespace(threads=1))
