@@ -12,8 +12,6 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/quickstart_steps.sh"
 no_arguments "$@"
 
-BASE_PRODUCTS=(plone.app.locales==7.0.4 pretix==2026.8.0)
-FINETUNE_PRODUCTS=(django==5.2.19 wagtail==8.0.1)
 BASE_UPDATES=1800
 FULL_RATES=(0.003 0.001) # of full fine-tuning; the better one is kept
 

@@ -1,4 +1,4 @@
-# What quickstart.sh and architecture_learning.sh share: settings, and the commands that both run.
+# What quickstart.sh, architecture_learning.sh and add_language.sh share: settings and commands.
 # They source it; it does nothing by itself.
 # shellcheck shell=bash
 
@@ -6,6 +6,8 @@ ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 RECIPE="$(basename "$0" .sh)"
 LANGUAGES=(de fr nl cs cy af) # from and into English
 LANGS=af,cs,cy,de,en,fr,nl
+BASE_PRODUCTS=(plone.app.locales==7.0.4 pretix==2026.8.0)
+FINETUNE_PRODUCTS=(django==5.2.19 wagtail==8.0.1)
 SIZES=(
     --share-all-embeddings
     --encoder-layers 3 --encoder-embed-dim 192 --encoder-ffn-embed-dim 512
@@ -49,10 +51,11 @@ finetune() {
         --pruning-final-sparsity "$3" --pruning-begin 1 --pruning-duration 2 --pruning-scope "$4"
 }
 
+DECODING=(--cpu --beam 4 --lenpen 1.5 --max-len-a 1.5 --max-len-b 8)
+
 # evaluate STEP FOLDER CHECKPOINT CORPUS : a step that decodes and scores the corpus' test set
 evaluate() {
     step "$1" "$2" \
-        lslora evaluate "$WORK/data/$4" --path "$3" --out "$2" --cpu \
-        --beam 4 --lenpen 1.5 --max-len-a 1.5 --max-len-b 8 \
+        lslora evaluate "$WORK/data/$4" --path "$3" --out "$2" "${DECODING[@]}" \
         --spm "$WORK/pieces/spm.model" --tiers "$WORK/corpus/tiers.tsv"
 }
