@@ -16,13 +16,14 @@ def register():
     from lslora_fairseq.startup import without_unused
 
     with without_unused() if _IS_CONSOLE_COMMAND else nullcontext():
-        from lslora_fairseq import checkpoints, criterions, models, optim, tasks  # noqa: F401
+        from lslora_fairseq import checkpoints, criterions, light, models, optim, tasks  # noqa: F401
 
     checkpoints.allow_fairseq_checkpoints()
     checkpoints.receive_checkpoints_from_own_processes()
     checkpoints.copy_checkpoints_atomically()
     checkpoints.report_unwritable_save_dir()
     checkpoints.tell_what_is_loaded()
+    light.complete_what_is_loaded()
 
 
 if not _IS_CONSOLE_COMMAND:

@@ -154,6 +154,17 @@ class StartConfig(Options):
         "loaded onto the stock base model of --path or --finetune-from-model",
     )
 
+    lora_save: str = _option(
+        "all",
+        "'adapters': checkpoints of this run leave out the base model of --finetune-from-model and "
+        "tell where it is; all else is in them (default: all)",
+    )
+    lora_base: Optional[str] = _option(
+        None,
+        "where the base model is that checkpoints leave out, if it was moved (default: where it "
+        "was, or beside the checkpoint)",
+    )
+
     @property
     def places(self):
         """The files and folders."""

@@ -12,7 +12,13 @@ from fairseq.data.multilingual.multilingual_utils import get_lang_tok
 from lslora_fairseq.adapters.assembly import Assembly, rows_of
 from lslora_fairseq.adapters.header import TOKENS
 from lslora_fairseq.checkpoints import chosen_checkpoint, read_checkpoint
-from lslora_fairseq.config import LORA_FIELDS, NEW_ADAPTERS, LSLoConfig, PruningConfig
+from lslora_fairseq.config import (
+    LORA_FIELDS,
+    NEW_ADAPTERS,
+    LSLoConfig,
+    PruningConfig,
+    StartConfig,
+)
 from lslora_fairseq.errors import ConfigError, listed
 from lslora_fairseq.languages import Languages
 
@@ -103,6 +109,27 @@ def chosen_start(args):
             "package, or the base model with --finetune-from-model"
         )
     return None, True
+
+
+def base_left_out(args):
+    """The base model that checkpoints of a run leave out, or None if they hold all.
+
+    Raises:
+        ConfigError: it is not named, or ``--lora-save`` cannot be read.
+    """
+    start = StartConfig.from_namespace(args)
+    if start.lora_save == "all":
+        return None
+    if start.lora_save != "adapters":
+        raise ConfigError(f"--lora-save {start.lora_save} must be all or adapters")
+    base = start.lora_base or getattr(args, "finetune_from_model", None)
+    if base is None or not os.path.isfile(base):
+        raise ConfigError(
+            "--lora-save adapters leaves the base model out of checkpoints, and "
+            + (f"{base}: no such file" if base else "no command tells where it is")
+            + ": name it with --finetune-from-model or --lora-base"
+        )
+    return base
 
 
 def restore_task_options(args, adapters=None):

@@ -21,6 +21,7 @@ from lslora_fairseq.checkpoints import read_args
 from lslora_fairseq.config import StartConfig
 from lslora_fairseq.errors import ConfigError, listed, one_line_errors
 from lslora_fairseq.identity import Identity
+from lslora_fairseq.light import Light, given_base
 from lslora_fairseq.lora.plan import SIDES
 from lslora_fairseq.models.stacks import LANG_IDS, ignore_languages
 from lslora_fairseq.optim.pruned import PrunedOptimizer
@@ -49,6 +50,7 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
 
     languages = None  # the inventory of the model with adapters, known once it is built
     places = ()  # of adapter files that training begins with
+    light = None  # Light, where checkpoints leave the base model out
     adapters = None  # a Collection of adapter files that stock models are decoded with, or None
     _read_ids = None
     _epoch = 1
@@ -72,7 +74,9 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
             decodes = getattr(args, "path", None) and not getattr(args, "optimizer", None)
             if decodes and not has_direction:
                 raise ConfigError("decoding needs both languages of a direction: give -s and -t")
-            places = StartConfig.from_namespace(args).places
+            start = StartConfig.from_namespace(args)
+            given_base.set(start.lora_base)
+            places = start.places
             args.lora_adapters = None  # a checkpoint that is trained from them knows all
             adapters = None
             if places and getattr(args, "path", None):
@@ -134,6 +138,9 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
         refuse_processes(args, get_global_world_size())
         args.lora_adapters = assembly = None
         path, is_fresh = options.chosen_start(args)
+        base = options.base_left_out(args)
+        if base is not None:
+            self.light = Light(base)
         if path is None:
             if self.places:
                 raise ConfigError(
@@ -386,6 +393,9 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
     def begin_epoch(self, epoch, model):
         super().begin_epoch(epoch, model)
         self._epoch = epoch
+        if self.light is not None and not self.light.is_checked:
+            with one_line_errors():
+                self.light.check(model.state_dict())
 
     def train_step(self, sample, model, criterion, optimizer, update_num, ignore_grad=False):
         pruned = _pruned_optimizer(optimizer)
