@@ -65,7 +65,7 @@ class Light:
             found = next((s for s in sources if self._holds(s, weight, rows)), None)
             if found is not None:
                 taken[key] = [found, rows, str(weight.dtype).removeprefix("torch.")]
-            elif key.endswith((".weight", ".bias")):
+            elif key in self._weights and key.endswith((".weight", ".bias")):
                 raise ConfigError(
                     f"--lora-save adapters: {self.path} is not the base model of this run, {key} "
                     "differs: name that with --lora-base"

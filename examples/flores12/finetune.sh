@@ -63,6 +63,6 @@ rm -f "$SAVE_DIR/finished"
 echo "$settings" >"$SAVE_DIR/settings"
 echo "$MAX_EPOCH" >"$SAVE_DIR/max_epoch"
 fairseq-train "$DATA" --finetune-from-model "$MODEL_DIR/model.pt" --max-epoch "$MAX_EPOCH" \
-    --save-dir "$SAVE_DIR" "${options[@]}" 2>&1 | tee -a "$SAVE_DIR/train.log" ||
+    --save-dir "$SAVE_DIR" --lora-save adapters "${options[@]}" 2>&1 | tee -a "$SAVE_DIR/train.log" ||
     fail "fairseq-train stopped: see $SAVE_DIR/train.log; run this again to go on"
 echo "$MAX_EPOCH" >"$SAVE_DIR/finished"

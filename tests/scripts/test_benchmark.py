@@ -226,7 +226,8 @@ def test_startup(monkeypatch, capfd):
 def test_lifecycle():
     """Real commands: a model is trained, resumed, pruned, merged and decoded."""
     result = benchmark_615m.lifecycle(SimpleNamespace(threads=1))
-    assert len(result.tables[0].rows) == 3 and result.raw["checkpoint"] > 10_000
+    assert len(result.tables[0].rows) == 6
+    assert result.raw["checkpoint"] > result.raw["checkpoint (light)"] > 1000
     for seconds, peak in result.tables[0].rows.values():
         assert seconds.median > 0.5 and peak.median > 100
 
