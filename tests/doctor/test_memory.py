@@ -94,7 +94,9 @@ MANY_WORDS = (32_000, 64, 1, 3000)
 
 
 @ON_LINUX
-@pytest.mark.parametrize("sizes", [(500, 256, 3, 4000), MANY_WORDS])
+@pytest.mark.parametrize(
+    "sizes", [pytest.param((500, 256, 3, 4000), marks=pytest.mark.slow), MANY_WORDS]
+)
 def test_a_process_takes_what_is_estimated(sizes):
     """Many activations, and many words."""
     taken, estimated = measured(sizes)

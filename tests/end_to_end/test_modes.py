@@ -45,7 +45,7 @@ def fp32(finetuned):
         ["--amp"],
         ["--fp16", "--fp16-init-scale", "4"],
         ["--fp16-no-flatten-grads", "--fp16", "--fp16-init-scale", "4"],
-        ["--memory-efficient-fp16", "--fp16-init-scale", "4"],
+        pytest.param(["--memory-efficient-fp16", "--fp16-init-scale", "4"], marks=pytest.mark.slow),
     ],
     ids=lambda flags: flags[0].strip("-"),
 )

@@ -210,6 +210,7 @@ def test_losses_and_the_memory_of_steps():
     assert list(table.rows) == ["full fine-tuning", benchmark_models.STOCK_LOSS, "lslora_fairseq"]
 
 
+@pytest.mark.slow
 def test_startup(monkeypatch, capfd):
     def once(name, runs, repetitions):
         return {label: [run()] for label, run in runs.items()}
