@@ -12,8 +12,6 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/quickstart_steps.sh"
 no_arguments "$@"
 
-BASE_PRODUCTS=(plone.app.locales==7.0.4 pretix==2026.8.0)
-FINETUNE_PRODUCTS=(django==5.2.19 wagtail==8.0.1)
 BASE_UPDATES=1800
 FULL_RATES=(0.003 0.001) # of full fine-tuning; the better one is kept
 
@@ -64,7 +62,8 @@ follows "$(checksum "$ROOT/scripts/best_checkpoint.py")"
 step finetune_full "$WORK/full" full_finetunings "${FULL_RATES[*]}" \
     fairseq-train "$WORK/data/finetune" --cpu --user-dir "$ROOT/lslora_fairseq" \
     --task translation_multi_simple_epoch --arch transformer "${FINETUNING[@]}" \
-    --finetune-from-model "$WORK/base/checkpoint_last.pt" --optimizer adam
+    --finetune-from-model "$WORK/base/checkpoint_last.pt" \
+    --criterion label_smoothed_cross_entropy --optimizer adam
 # its adapters, and all that runs this package's own code
 follows "$(package_checksum)"
 finetune finetune "$WORK/finetuned" 0.9 language --lora-rank 4

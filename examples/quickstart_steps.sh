@@ -1,4 +1,4 @@
-# What quickstart.sh and architecture_learning.sh share: settings, and the commands that both run.
+# What quickstart.sh, architecture_learning.sh and add_language.sh share: settings and commands.
 # They source it; it does nothing by itself.
 # shellcheck shell=bash
 
@@ -6,6 +6,8 @@ ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 RECIPE="$(basename "$0" .sh)"
 LANGUAGES=(de fr nl cs cy af) # from and into English
 LANGS=af,cs,cy,de,en,fr,nl
+BASE_PRODUCTS=(plone.app.locales==7.0.4 pretix==2026.8.0)
+FINETUNE_PRODUCTS=(django==5.2.19 wagtail==8.0.1)
 SIZES=(
     --share-all-embeddings
     --encoder-layers 3 --encoder-embed-dim 192 --encoder-ffn-embed-dim 512
@@ -24,8 +26,7 @@ FINETUNING=(
     "${SIZES[@]}"
     --adam-betas '(0.9, 0.98)' --clip-norm 1.0
     --lr-scheduler inverse_sqrt --warmup-updates 50 --max-epoch 3
-    --criterion label_smoothed_cross_entropy --label-smoothing 0.1
-    --sampling-method temperature --sampling-temperature 1.5
+    --label-smoothing 0.1 --sampling-method temperature --sampling-temperature 1.5
     --max-tokens 750 --required-batch-size-multiple 1 --num-workers 0 --seed 1 --dropout 0
     --no-epoch-checkpoints --log-format simple --log-interval 50
 )
@@ -45,14 +46,16 @@ finetune() {
         --finetune-from-model "$WORK/base/checkpoint_last.pt" --save-dir "$2" \
         --lora-tiers "$WORK/corpus/tiers.tsv" --lora-shared-rank 32 --lora-embedding-rank 64 \
         --encoder-target-modules "$ENCODER_MODULES" --decoder-target-modules "$DECODER_MODULES" \
-        "${@:5}" --optimizer pruned_adam --lr 0.004 \
+        "${@:5}" --criterion lslora_label_smoothed_cross_entropy \
+        --optimizer pruned_adam --lr 0.004 \
         --pruning-final-sparsity "$3" --pruning-begin 1 --pruning-duration 2 --pruning-scope "$4"
 }
+
+DECODING=(--cpu --beam 4 --lenpen 1.5 --max-len-a 1.5 --max-len-b 8)
 
 # evaluate STEP FOLDER CHECKPOINT CORPUS : a step that decodes and scores the corpus' test set
 evaluate() {
     step "$1" "$2" \
-        lslora evaluate "$WORK/data/$4" --path "$3" --out "$2" --cpu \
-        --beam 4 --lenpen 1.5 --max-len-a 1.5 --max-len-b 8 \
+        lslora evaluate "$WORK/data/$4" --path "$3" --out "$2" "${DECODING[@]}" \
         --spm "$WORK/pieces/spm.model" --tiers "$WORK/corpus/tiers.tsv"
 }

@@ -1,6 +1,6 @@
 """Language-specific LoRA for multilingual machine translation: a fairseq ``--user-dir`` package.
 
-Importing it registers the model, the task and the optimizers with fairseq; only the console command
+Importing it registers model, task, criterion and optimizers with fairseq; only the console command
 ``lslora`` leaves that to those of its subcommands that need it. The core (``lora/``, ``pruning/``)
 and ``lslora doctor`` also work where fairseq is not installed or cannot be imported.
 """
@@ -12,17 +12,18 @@ _IS_CONSOLE_COMMAND = getattr(sys.modules.get("lslora"), "IS_CONSOLE_COMMAND", F
 
 
 def register():
-    """Registers the model, the task and the optimizers, and mends fairseq's checkpoint files."""
+    """Registers model, task, criterion and optimizers, and mends fairseq's checkpoint files."""
     from lslora_fairseq.startup import without_unused
 
     with without_unused() if _IS_CONSOLE_COMMAND else nullcontext():
-        from lslora_fairseq import checkpoints, models, optim, tasks  # noqa: F401
+        from lslora_fairseq import checkpoints, criterions, light, models, optim, tasks  # noqa: F401
 
     checkpoints.allow_fairseq_checkpoints()
     checkpoints.receive_checkpoints_from_own_processes()
     checkpoints.copy_checkpoints_atomically()
     checkpoints.report_unwritable_save_dir()
     checkpoints.tell_what_is_loaded()
+    light.complete_what_is_loaded()
 
 
 if not _IS_CONSOLE_COMMAND:

@@ -13,6 +13,7 @@ from contextvars import ContextVar
 import torch
 from omegaconf import OmegaConf
 
+from lslora_fairseq import light
 from lslora_fairseq.errors import ConfigError, one_line_errors
 
 # what torch.load raises for a file that is cut short, damaged or no checkpoint at all
@@ -128,11 +129,17 @@ def _without_logged_tracebacks():
 
 
 def load_checkpoint(path):
-    """All that a checkpoint holds; its tensors are memory-mapped where the file allows it.
+    """All that a checkpoint holds, with the base model if it :mod:`leaves that out <.light>`; its
+    tensors are memory-mapped where the file allows it.
 
     Raises:
-        ConfigError: the file cannot be read as a fairseq checkpoint.
+        ConfigError: the file cannot be read as a fairseq checkpoint, or its base model is gone.
     """
+    return light.completed(read_file(path), path)
+
+
+def read_file(path):
+    """As :func:`load_checkpoint`, without what the file leaves out."""
     try:
         try:
             # torch 2.2 maps no file that is named by a Path
@@ -192,7 +199,7 @@ def write_checkpoint(path, content):
 
 def read_args(path):
     """The options of :func:`read_checkpoint` alone."""
-    return read_checkpoint(path)[0]
+    return options_of(read_file(path))
 
 
 def _unreadable(path, error):

@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import dataclass, field, fields
 from typing import Optional, get_args
 
-from lslora_fairseq.errors import ConfigError
+from lslora_fairseq.errors import ConfigError, listed
 from lslora_fairseq.languages import Languages
 from lslora_fairseq.lora import plan
 from lslora_fairseq.pruning.schedule import Schedule
@@ -90,6 +90,18 @@ class LSLoConfig(Options):
         "keeps all others, the shared ones too, as its checkpoint has them; directions without "
         "these languages stay what they were, to the last bit (default: all are trained)",
     )
+    lora_train_tokens: Optional[str] = _option(
+        None,
+        "comma-separated codes: the embedding row of these languages' tokens is trained too, as a "
+        "part of their adapters; 'none' for none (default: of languages whose token is new to the "
+        "base model, where embeddings are one matrix)",
+    )
+    lora_init_from: Optional[str] = _option(
+        None,
+        "'wo=fr,sd=ur': the adapters of a language that a stage adds start as those of another "
+        "one, and so does the row of its token if that is new to the base model (default: adapters "
+        "that change nothing, and a random row)",
+    )
     lora_dropout: float = _option(
         0.0, "probability of dropping an entry of the adapters' input in training (default: 0)"
     )
@@ -140,6 +152,17 @@ class StartConfig(Options):
         None,
         "adapter files that 'lslora extract' wrote, or folders of them, comma-separated: they are "
         "loaded onto the stock base model of --path or --finetune-from-model",
+    )
+
+    lora_save: str = _option(
+        "all",
+        "'adapters': checkpoints of this run leave out the base model of --finetune-from-model and "
+        "tell where it is; all else is in them (default: all)",
+    )
+    lora_base: Optional[str] = _option(
+        None,
+        "where the base model is that checkpoints leave out, if it was moved (default: where it "
+        "was, or beside the checkpoint)",
     )
 
     @property
@@ -227,6 +250,8 @@ class AdapterPlan:
             others and what is shared stay as they are; None where everything is trained
         embedding_site: the output projection, if it and the embeddings have an adapter
         embedding_rank: of that
+        tokens: the languages whose token's row is trained, in the inventory's order
+        dim: columns of such a row
     """
 
     languages: Languages
@@ -241,6 +266,8 @@ class AdapterPlan:
     trained: Optional[tuple] = None
     embedding_site: Optional[plan.Site] = None
     embedding_rank: int = 0
+    tokens: tuple = ()
+    dim: int = 0
 
     @property
     def all_sites(self):
@@ -280,6 +307,9 @@ class AdapterPlan:
             count = is_trained * self.embedding_site.entries(self.embedding_rank)
             name = "for all" if is_trained else "kept"
             rows.append((name, len(languages), plan.SHARED, "embeddings", count))
+        if self.tokens:
+            entries = len(self.tokens) * self.dim
+            rows.append(("tokens", len(self.tokens), "own", "embeddings", entries))
         kept = len(languages) - len(trained)
         if kept:
             rows.append(("kept", kept, "all", "all", 0))
@@ -365,6 +395,7 @@ def resolve(config, layers, dims):
     trained = None
     if config.lora_train_languages is not None:
         trained = languages.subset(config.lora_train_languages, "--lora-train-languages")
+    tokens = _tokens(config, languages, trained, "embeddings" in dims)
     config.lora_tiers = languages.spec
     return AdapterPlan(
         languages,
@@ -379,7 +410,32 @@ def resolve(config, layers, dims):
         trained,
         embedding_site,
         embedding_rank,
+        tokens,
+        dims["embeddings"][0] if tokens else 0,
     )
+
+
+def _tokens(config, languages, trained, is_one_matrix):
+    """The languages whose token's row is trained."""
+    option, text = "--lora-train-tokens", config.lora_train_tokens
+    if text in (None, "none"):
+        return ()
+    found = languages.subset(text, option)
+    kept = [code for code in found if trained is not None and code not in trained]
+    if kept:
+        raise ConfigError(
+            f"{option} names {listed(kept)}, whose adapters --lora-train-languages keeps: leave "
+            "them out of the one, or add them to the other"
+        )
+    if not is_one_matrix:
+        raise ConfigError(f"{option} trains {_ONE_MATRIX}")
+    return found
+
+
+_ONE_MATRIX = (
+    "embeddings that are one matrix in encoder, decoder and output projection, and here they are "
+    "several: leave it out (M2M-100 and NLLB have one, --share-all-embeddings)"
+)
 
 
 def _embedding_site(rank, dims):
@@ -391,11 +447,7 @@ def _embedding_site(rank, dims):
     """
     option = "--lora-embedding-rank"
     if dims is None:
-        raise ConfigError(
-            f"{option} adapts embeddings that are one matrix in encoder, decoder and output "
-            "projection, and here they are several: leave it out (M2M-100 and NLLB have one, "
-            "--share-all-embeddings)"
-        )
+        raise ConfigError(f"{option} adapts {_ONE_MATRIX}")
     site = plan.Site("decoder", None, "output_projection", plan.SHARED, *dims)
     plan.check_ranks([rank], ["the embeddings"], [site], option)
     return site
@@ -411,6 +463,11 @@ def _check_plain(config):
             "names adapters of languages to train",
         ),
         ("--lora-alpha", config.lora_alpha is not None, "scales adapters of languages"),
+        (
+            "--lora-train-tokens",
+            config.lora_train_tokens not in (None, "none"),
+            "trains the tokens' rows with adapters of languages",
+        ),
     ):
         if is_given:
             more = ", or give --lora-shared-alpha" if option == "--lora-alpha" else ""

@@ -107,15 +107,16 @@ class Identity:
 
         return get_lang_tok(code, self.lang_tok_style)
 
-    def check_adapters(self, here):
+    def check_adapters(self, here, added=()):
         """Raises ConfigError where its adapters contradict those of a model.
 
         Args:
             here: :func:`describe` of the model's adapters
+            added: languages that the model alone may have
         """
         there = self.adapters
         for name, option in (("ranks", "--lora-rank"), ("alphas", "--lora-alpha")):
-            if there[name].keys() != here[name].keys():
+            if there[name].keys() - {*added} != here[name].keys() - {*added}:
                 raise ConfigError(
                     f"{self.path} has adapters of {listed(there[name])}, this model of "
                     f"{listed(here[name])}: leave out --lora-tiers, or name the same languages"

@@ -14,7 +14,7 @@ EMBEDDINGS = (
 
 
 ADAPTERS = [[f"{side}_adapters"] for side in (*SIDES, SHARED, "embedding")]
-ADAPTERS += [["side_weights"]]
+ADAPTERS += [["side_weights"], ["token_rows"]]
 # Parameters of an encoder layer of fairseq 0.12.2 that repeat those of its linears, for a fused
 # path in decoding that would go past any adapter.
 FUSED_COPIES = (

@@ -64,6 +64,22 @@ class Languages:
     def tier(self, code):
         return self._tier_of[code]
 
+    def joined(self, other):
+        """These languages and those of another inventory, each in its tier.
+
+        Raises:
+            ConfigError: a language of both is in two tiers.
+        """
+        for code in self.codes:
+            if code in other and other.tier(code) != self.tier(code):
+                raise ConfigError(
+                    f"--lora-tiers: {code} is in the tier {self.tier(code)}, and cannot move to "
+                    f"{other.tier(code)}: leave it where it is"
+                )
+        tiers = dict.fromkeys((*self.tiers, *other.tiers))
+        tier_of = {**other._tier_of, **self._tier_of}
+        return Languages({c: t for tier in tiers for c, t in tier_of.items() if t == tier})
+
     @classmethod
     def parse(cls, spec):
         """Reads ``'high=en,fr;low=oc'``, or a TSV file of lines ``code<TAB>tier``.
@@ -135,6 +151,19 @@ class Languages:
                 f"({', '.join(dict.fromkeys(self._tier_of[c] for c in missing))})"
             )
         return tuple(values.get(c, values.get(self._tier_of[c])) for c in self.codes)
+
+    def spelled(self, values):
+        """The text that :meth:`per_language` reads as these values, one for each language: a single
+        value for all, or one for each tier in which all agree, and each language of the others."""
+        of_code = dict(zip(self.codes, values))
+        if len({*values}) == 1:
+            return str(values[0])
+        parts = []
+        for tier in self.tiers:
+            ours = [code for code in self.codes if self._tier_of[code] == tier]
+            is_one = len({of_code[code] for code in ours}) == 1
+            parts += [(tier, of_code[ours[0]])] if is_one else [(c, of_code[c]) for c in ours]
+        return ",".join(f"{key}={value}" for key, value in parts)
 
 
 def _split(text, separator):

@@ -13,6 +13,9 @@ sections:
   decode     beam search of one direction and of mixed directions
   evaluate   batches of several directions as lslora evaluate makes them, against merging one
   optimizer  12 languages against 200 of which 12 are in the batch
+  loss       projection, loss and their backward pass over the words of M2M-124, against fairseq's
+             criterion (needs about 8 GB of memory)
+  loss-step  peak memory of training steps in the shape of M2M-124 615M (needs about 20 GB)
   pruning    one pruning in the shape of M2M-124 615M (needs about 3 GB of memory)
   startup    fairseq-train up to its first update on a base of that size, against fairseq alone
              (needs about 6 GB of memory and writes 3 GB to the folder for temporary files)
@@ -47,6 +50,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import benchmark_615m
+import benchmark_loss
 import benchmark_sections
 import torch
 from benchmark_models import PRESETS
@@ -55,7 +59,11 @@ from benchmark_sections import progress
 
 from lslora_fairseq.errors import ConfigError, one_line_errors
 
-SECTIONS = {**benchmark_sections.SECTIONS, **benchmark_615m.SECTIONS}
+SECTIONS = {
+    **benchmark_sections.SECTIONS,
+    **benchmark_loss.SECTIONS,
+    **benchmark_615m.SECTIONS,
+}
 DEFAULT_SECTIONS = ",".join(benchmark_sections.SECTIONS)
 ALLOCATOR = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184"
 PACKAGES = (

@@ -129,29 +129,32 @@ def lifecycle(options):
             "--disable-validation", "--warmup-updates", "1", "--lr-scheduler", "inverse_sqrt",
         )  # fmt: skip
         source, target = models.codes(LANGUAGES)[:2]
+        checkpoint = folder / "run" / "checkpoint_last.pt"
         decode = [
             sys.executable, "-m", "fairseq_cli.generate", folder / "data", "--user-dir", USER_DIR,
             "--cpu", "--task", "translation_multi_lslora", "-s", source, "-t", target,
-            "--path", folder / "run" / "checkpoint_last.pt", "--gen-subset", "valid",
+            "--path", checkpoint, "--gen-subset", "valid",
             "--beam", "5", "--batch-size", "8", "--max-len-b", "30", "--num-workers", "0",
         ]  # fmt: skip
-        raw = {}
-        for name, command in (
-            ("load, one update, save", [*train, "--max-update", "1"]),
-            ("resume, prune, one update, save", [*train, "--max-update", "2"]),
-            ("load, merge, decode 8 sentences with beam 5", decode),
-        ):
-            progress(f"lifecycle: {name}")
-            raw[name] = in_own_process(run_command, command, options.threads)
-        size = (folder / "run" / "checkpoint_last.pt").stat().st_size
+        raw, size = {}, {}
+        for kind, saving in (("", []), (" (light)", ["--lora-save", "adapters"])):
+            for name, command in (
+                ("load, one update, save", [*train, *saving, "--max-update", "1"]),
+                ("resume, prune, one update, save", [*train, *saving, "--max-update", "2"]),
+                ("load, merge, decode 8 sentences with beam 5", decode),
+            ):
+                progress(f"lifecycle: {name}{kind}")
+                raw[name + kind] = in_own_process(run_command, command, options.threads)
+            size["checkpoint" + kind] = checkpoint.stat().st_size
+            shutil.rmtree(checkpoint.parent)
     rows = {
         name: [Spread.of([took]), Spread.of([peak / MEGABYTE])]
         for name, (took, peak) in raw.items()
     }
     title = f"fairseq's commands with the shape of M2M-124 615M and {LANGUAGES} languages"
-    note = f"the checkpoint: {size / MEGABYTE:,.0f} MiB"
+    notes = [f"{name}: {of_it / MEGABYTE:,.0f} MiB" for name, of_it in size.items()]
     table = Table(title, ["seconds", "peak, MiB"], rows)
-    return Result([table], {"seconds_and_bytes": raw, "checkpoint": size}, [note])
+    return Result([table], {"seconds_and_bytes": raw, **size}, notes)
 
 
 def write_base(setting, folder):

@@ -1,7 +1,8 @@
 """What benchmark.py compares: the shapes of its models, their batches, and each way of training.
 
 Every :class:`Contender` starts from the same random base weights. All have dropout, the loss
-(label-smoothed cross-entropy over all words and positions) and the adapted linears in common.
+(label-smoothed cross-entropy over all words) and the adapted linears in common. This package
+computes its loss in pieces, the others as fairseq's criterion does.
 """
 
 import math
@@ -21,6 +22,7 @@ from fairseq.optim import OPTIMIZER_REGISTRY
 from torch import nn
 
 from lslora_fairseq.config import LSLoConfig
+from lslora_fairseq.criterions.frozen_projection import frozen_projection_loss
 from lslora_fairseq.errors import ConfigError
 from lslora_fairseq.models.lslora_transformer import LSLoTransformerModel
 
@@ -43,6 +45,11 @@ class Batch:
     tokens: dict
     lang_ids: dict
     target: torch.Tensor
+
+    @cached_property
+    def target_tokens(self):
+        """Number of targets that are not padding; fairseq counts them where it collates."""
+        return int(self.target.ne(PAD).sum())
 
     def in_one_direction(self):
         """The same sentences, all from language 0 to language 1."""
@@ -207,8 +214,7 @@ class Contender:
         self.optimizer = optimizer(self.optimizer_name, self.trainable(), **options)
 
     def forward_backward(self, batch):
-        tokens = batch.target.ne(PAD).sum()
-        (self.loss(batch) / tokens).backward()
+        (self.loss(batch) / batch.target_tokens).backward()
 
     def update(self):
         """Clips the gradients, moves the parameters and drops the gradients."""
@@ -275,6 +281,18 @@ class Ours(Contender):
 
     def net_input(self, batch):
         return {**batch.tokens, **batch.lang_ids}
+
+    def loss(self, batch):
+        features, _ = self.model(**self.net_input(batch), features_only=True)
+        projection = self.model.decoder.frozen_projection()
+        tokens = batch.target_tokens
+        return frozen_projection_loss(features, projection, batch.target, 0.1, PAD, tokens)[0]
+
+
+class StockLoss(Ours):
+    """This package with the loss of fairseq's criterion."""
+
+    loss = Contender.loss
 
 
 class WeightLearning(Ours):
@@ -460,6 +478,7 @@ FROZEN, FULL, SHARED = "frozen base", "full fine-tuning", f"shared LoRA (rank {L
 CONTIGUOUS = "frozen base, contiguous"
 LOOP, OURS = "per-language loop", "lslora_fairseq"
 BOTH_SIDES = f"{OURS}, weight learning"
+STOCK_LOSS = f"{OURS}, fairseq's loss"
 HF_FROZEN, HF_PEFT = "frozen Hugging Face twin", f"PEFT on it (rank {LOW_RANK})"
 
 CONTENDERS = {
@@ -469,6 +488,7 @@ CONTENDERS = {
     SHARED: SharedLoRA,
     OURS: Ours,
     BOTH_SIDES: WeightLearning,
+    STOCK_LOSS: StockLoss,
     LOOP: LanguageLoop,
     HF_FROZEN: HuggingFaceFrozenBase,
     HF_PEFT: PEFT,

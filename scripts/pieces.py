@@ -6,6 +6,7 @@ one of the same path with the pieces separated by spaces.
 """
 
 import argparse
+import shutil
 import sys
 from io import BytesIO
 from pathlib import Path
@@ -34,6 +35,13 @@ def train(corpus, out, vocab_size):
     (out / "dict.txt").write_text("".join(f"{name} 1\n" for name in names), encoding="utf-8")
 
 
+def take(folder, out):
+    """Copies what :func:`train` wrote to another folder."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("spm.model", "dict.txt"):
+        shutil.copy(folder / name, out)
+
+
 def encode(corpus, out):
     """Writes every file of the corpus as pieces under OUT; prints their numbers to stderr."""
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(out / "spm.model"))
@@ -59,8 +67,13 @@ def main():
     parser.add_argument("--corpus", type=Path, required=True, help="folder that po_corpus.py wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument("--vocab-size", type=int, default=6000, help="pieces (default: 6000)")
+    parser.add_argument("--like", type=Path, metavar="FOLDER",
+        help="take model and dictionary from there, and train none")  # fmt: skip
     args = parser.parse_args()
-    train(args.corpus, args.out, args.vocab_size)
+    if args.like:
+        take(args.like, args.out)
+    else:
+        train(args.corpus, args.out, args.vocab_size)
     encode(args.corpus, args.out)
 
 

@@ -157,7 +157,19 @@ def without(pairs, banned):
     }
 
 
-def split(pairs, sizes, seed):
+def held_out_in(folder):
+    """The normalised English of (valid, test) messages of a corpus that was written before."""
+    return tuple(
+        {
+            normalise(line)
+            for path in sorted(folder.glob(f"{name}.en-*.en"))
+            for line in path.read_text(encoding="utf-8").splitlines()
+        }
+        for name in ("valid", "test")
+    )
+
+
+def split(pairs, sizes, seed, like=None):
     """Splits by message: a test or valid message is one in all languages.
 
     Pairs of which a side also occurs in a test message, in whatever language, leave train and
@@ -166,14 +178,17 @@ def split(pairs, sizes, seed):
     Args:
         pairs: language -> normalised English -> pair
         sizes: number of (valid, test) messages, counted over all languages together
+        like: instead of them, the normalised English of the messages
 
     Returns:
         split -> language -> normalised English -> pair
     """
-    shuffled = sorted(set().union(*pairs.values()))
-    random.Random(seed).shuffle(shuffled)
-    valid, test = sizes
-    chosen = {"test": set(shuffled[:test]), "valid": set(shuffled[test : test + valid])}
+    if like is None:
+        shuffled = sorted(set().union(*pairs.values()))
+        random.Random(seed).shuffle(shuffled)
+        valid, test = sizes
+        like = set(shuffled[test : test + valid]), set(shuffled[:test])
+    chosen = dict(zip(("valid", "test"), like))
     parts = {
         name: {
             language: {key: pair for key, pair in of_language.items() if key in keys}
@@ -212,7 +227,8 @@ def build(args):
     corpus["base"] = without(corpus["base"], texts(corpus["finetune"]))
     counts = {}
     for group, sizes in zip(GROUPS, (args.base_held_out, args.finetune_held_out)):
-        for name, pairs in split(corpus[group], sizes, args.seed).items():
+        like = args.like and held_out_in(args.like / group)
+        for name, pairs in split(corpus[group], sizes, args.seed, like).items():
             write_split(args.out / group, name, pairs)
             counts.update({(group, name, code): len(pairs[code]) for code in languages})
     return counts
@@ -255,6 +271,8 @@ def parse_args(argv=None):
         help="messages held out of the base products (default: 100 200)")  # fmt: skip
     add("--finetune-held-out", nargs=2, type=int, default=(100, 400), metavar=("VALID", "TEST"),
         help="messages held out of the fine-tuning products (default: 100 400)")  # fmt: skip
+    add("--like", type=Path, metavar="FOLDER",
+        help="corpus of these products in other languages: it tells what is held out")  # fmt: skip
     add("--seed", type=int, default=1, help="seed of the split (default: 1)")
     return parser.parse_args(argv)
 

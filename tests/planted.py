@@ -12,8 +12,8 @@ import toy
 from fairseq.optim import OPTIMIZER_REGISTRY
 from toy import CODES
 
-# two of ten in a plain run, since each takes half a minute; all with -m 'slow or not slow'
-SEEDS = [pytest.param(seed, marks=pytest.mark.slow if seed % 8 else ()) for seed in range(10)]
+# one of ten in a plain run, since each takes half a minute; all with -m 'slow or not slow'
+SEEDS = [pytest.param(seed, marks=pytest.mark.slow if seed else ()) for seed in range(10)]
 
 
 def plant(teacher, size, generator):

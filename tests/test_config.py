@@ -36,6 +36,8 @@ def test_fields_and_defaults():
         "lora_shared_alpha": None,
         "lora_embedding_rank": 0,
         "lora_train_languages": None,
+        "lora_train_tokens": None,
+        "lora_init_from": None,
         "lora_dropout": 0.0,
         "encoder_target_modules": "self_attn.q_proj,self_attn.k_proj,self_attn.v_proj,fc1,fc2",
         "decoder_target_modules": "self_attn.q_proj,self_attn.k_proj,self_attn.v_proj,"

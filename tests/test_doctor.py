@@ -14,6 +14,7 @@ from lslora_fairseq import doctor
 from lslora_fairseq.cli import build_parser
 from lslora_fairseq.doctor import checks, memory
 from lslora_fairseq.doctor.report import Line, Report
+from lslora_fairseq.errors import ConfigError
 
 
 def diagnose(*args):
@@ -327,7 +328,8 @@ SIZES = memory.Shape(10**9, 10**6, 12, 12, 1024, 4096, 256_000)
 
 def inputs(**args):
     args = {"precision": "amp", "max_tokens": 4000, "checkpoint_activations": False, **args}
-    args = SimpleNamespace(cpu=False, save_dir="runs", **args)
+    args = {"cpu": False, "save_dir": "runs", "criterion": None, **args}
+    args = SimpleNamespace(**args)
     checkpoint = SimpleNamespace(size=4 * 10**9)
     return SimpleNamespace(args=args, shape=SIZES, process=10**9, checkpoint=checkpoint)
 
@@ -351,6 +353,20 @@ def test_memory_that_is_short(monkeypatch, free, status, told):
     assert told in train.found
     assert bool(train.remedy) == (status != "ok")
     assert load.values["bytes"] == 10**9 + memory.loading_peak(SIZES, 4 * 10**9)
+
+
+def test_the_criterion_of_the_run_counts(monkeypatch):
+    ours = "lslora_label_smoothed_cross_entropy"
+    monkeypatch.setattr(memory, "free_on_device", lambda cpu: ("GPU", 1))
+    monkeypatch.setattr(memory, "free_on_cpu", lambda: 2**50)
+    found = {}
+    for name in ("label_smoothed_cross_entropy", ours):
+        train, _ = checks.check_memory(inputs(criterion=name))
+        found[name] = train.values["parts"]["output distribution"]
+        assert (f"add --criterion {ours}, lower" in train.remedy) == (name != ours)
+    assert found[ours] <= 2**28 < found["label_smoothed_cross_entropy"] / 50
+    with pytest.raises(ConfigError, match=f"--criterion cross is unknown: the recipes use {ours}"):
+        checks.check_memory(inputs(criterion="cross"))
 
 
 def test_on_a_cpu_the_process_counts(monkeypatch):

@@ -132,6 +132,36 @@ def test_a_value_for_all_for_tiers_or_for_languages_which_win(text, expected):
     assert Languages.parse(SPEC).per_language(text, "--lora-rank", int) == expected
 
 
+@pytest.mark.parametrize(
+    "values, text",
+    [
+        ((2, 2, 2, 2), "2"),
+        ((8, 2, 2, 8), None),
+        ((1, 2, 3, 4), None),
+        ((0.5, 0.5, 0.5, 0.5), "0.5"),
+    ],
+)
+def test_values_are_spelled_as_briefly_as_tiers_allow(values, text):
+    languages = Languages.parse(SPEC)
+    found = languages.spelled(values)
+    assert languages.per_language(found, "--lora-rank", float) == values
+    assert text is None or found == text
+
+
+def test_values_of_a_tier_are_spelled_once():
+    assert Languages.parse("high=fr,de;low=wo,oc").spelled([2, 2, 8, 4]) == "high=2,oc=8,wo=4"
+
+
+def test_inventories_are_joined():
+    here = Languages.parse("high=de,en;low=fr")
+    found = here.joined(Languages.parse("low=oc,fr;new=wo"))
+    assert found.spec == "high=de,en;low=fr,oc;new=wo"
+    assert here.joined(Languages.parse("high=en")).spec == here.spec
+    message = "fr is in the tier low, and cannot move to high: leave it where it is"
+    with pytest.raises(ConfigError, match=message):
+        here.joined(Languages.parse("high=fr"))
+
+
 def test_values_are_converted():
     languages = Languages.parse(SPEC)
     assert languages.per_language("high=0.5,low=4", "--lora-alpha", float) == (0.5, 0.5, 4.0, 4.0)

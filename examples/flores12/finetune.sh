@@ -25,7 +25,7 @@ options=(
     --pruning-final-sparsity "$FINAL_SPARSITY" --pruning-scope "$PRUNING_SCOPE"
     --pruning-begin "$PRUNING_BEGIN" --pruning-duration "$PRUNING_DURATION"
     --lr-scheduler inverse_sqrt --lr "$LR" --warmup-updates 1
-    --criterion label_smoothed_cross_entropy --label-smoothing "$LABEL_SMOOTHING"
+    --criterion lslora_label_smoothed_cross_entropy --label-smoothing "$LABEL_SMOOTHING"
     --dropout "$DROPOUT" --attention-dropout "$ATTENTION_DROPOUT"
     --sampling-method temperature --sampling-temperature "$SAMPLING_TEMPERATURE"
     --max-tokens "$MAX_TOKENS" --update-freq "$UPDATE_FREQ" --required-batch-size-multiple 1
@@ -63,6 +63,6 @@ rm -f "$SAVE_DIR/finished"
 echo "$settings" >"$SAVE_DIR/settings"
 echo "$MAX_EPOCH" >"$SAVE_DIR/max_epoch"
 fairseq-train "$DATA" --finetune-from-model "$MODEL_DIR/model.pt" --max-epoch "$MAX_EPOCH" \
-    --save-dir "$SAVE_DIR" "${options[@]}" 2>&1 | tee -a "$SAVE_DIR/train.log" ||
+    --save-dir "$SAVE_DIR" --lora-save adapters "${options[@]}" 2>&1 | tee -a "$SAVE_DIR/train.log" ||
     fail "fairseq-train stopped: see $SAVE_DIR/train.log; run this again to go on"
 echo "$MAX_EPOCH" >"$SAVE_DIR/finished"

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from dataclasses import replace
 
 import torch
 
@@ -63,6 +64,13 @@ class Assembly:
         """
         langs = {"langs": self.identity(rows).langs, "lang_dict": None}
         return {**self.model_options(), **self.adapters.task_options(), **langs}
+
+    def known(self):
+        """The :class:`~lslora_fairseq.identity.Identity` of the base, whose languages are those of
+        the files, too."""
+        langs = self.base.langs or self.adapters.first.langs
+        more = [code for code in self.adapters.codes if code not in langs]
+        return replace(self.base, langs=[*langs, *more])
 
     def identity(self, rows):
         """Languages and tokens of the assembled model: those of the base, then new ones.

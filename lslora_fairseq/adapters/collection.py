@@ -113,11 +113,15 @@ class Collection:
                     f"{self.files[code].path} has modules of several ranks or alphas, and a model "
                     "of this package has one for each language: train the language with one"
                 )
-        ranks = {code: ours[0].rank for code, ours in modules.items()}
-        alphas = {code: ours[0].alpha for code, ours in modules.items()}
         config = LSLoConfig(**self.first.options)
-        config.lora_tiers, config.lora_rank = self.languages.spec, _listed(ranks) or "0"
-        config.lora_alpha = None if alphas == ranks else _listed(alphas)
+        config.lora_tiers, config.lora_rank, config.lora_alpha = self.languages.spec, "0", None
+        if modules:
+            ranks, alphas = (
+                [getattr(modules[code][0], name) for code in self.codes]
+                for name in ("rank", "alpha")
+            )
+            config.lora_rank = self.languages.spelled(ranks)
+            config.lora_alpha = None if alphas == ranks else self.languages.spelled(alphas)
         return asdict(config)
 
     def task_options(self):
@@ -146,7 +150,3 @@ def _check_same(first, file):
 
 def _place(tier):
     return TIERS.index(tier) if tier in TIERS else len(TIERS)
-
-
-def _listed(values):
-    return ",".join(f"{code}={value}" for code, value in values.items())

@@ -19,7 +19,8 @@ examples:
       also the dictionary, languages and <unk> of prepared data against a base model
   lslora doctor --checkpoint model.pt --data data --langs de,en,fr \\
       --arch lslora_m2m_124_615m --lora-tiers 'high=de,en;low=fr' --lora-rank 'high=2,low=8' \\
-      --max-tokens 4000 --amp --save-dir runs/first
+      --criterion lslora_label_smoothed_cross_entropy --max-tokens 4000 --amp \\
+      --save-dir runs/first
       also the options of a run, and its memory and disk space
 
 Exit status: 0 without an error line, 1 with one; warnings do not count.
@@ -40,7 +41,7 @@ def add_arguments(parser):
         "--dict", "--fixed-dictionary", metavar="FILE", help="the run's --fixed-dictionary, if any"
     )
     files.add_argument("--save-dir", metavar="FOLDER", help="where the run will save")
-    run = parser.add_argument_group("languages, model and precision, as for fairseq-train")
+    run = parser.add_argument_group("languages, model, loss and precision, as for fairseq-train")
     run.add_argument(
         "--langs",
         type=_codes,
@@ -57,6 +58,7 @@ def add_arguments(parser):
     )
     run.add_argument("--lang-tok-style", choices=("multilingual", "mbart"))
     run.add_argument("--arch", metavar="NAME", help="(default: sizes of the checkpoint)")
+    run.add_argument("--criterion", metavar="NAME", help="for the estimate of memory")
     run.add_argument("--max-tokens", type=_positive, metavar="N")
     run.add_argument("--checkpoint-activations", action="store_true")
     run.add_argument("--cpu", action="store_true", help="the run will not use a GPU")

@@ -4,8 +4,10 @@ from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from fairseq.criterions import CRITERION_REGISTRY
 from fairseq.data.multilingual.multilingual_utils import get_lang_tok
 
+from lslora_fairseq.criterions.label_smoothed_cross_entropy import NAME as CRITERION
 from lslora_fairseq.doctor import memory, model, unknown
 from lslora_fairseq.doctor.report import ERROR, OK, WARNING, Line
 from lslora_fairseq.errors import ConfigError, listed
@@ -205,6 +207,8 @@ def check_model(inputs):
     more = " alone" * (not plan.sites)
     if plan.trained is not None:
         more += f"; only those of {listed(plan.trained)} are trained"
+    if inputs.model.added:
+        more += f"; those of {listed(inputs.model.added)} are new"
     found = (
         f"{size.adapter_entries:,} trainable parameters, "
         f"{size.adapter_entries / size.base_parameters:.2%} of {size.base_parameters:,}: "
@@ -217,10 +221,18 @@ def check_model(inputs):
 def check_memory(inputs):
     """The free memory against the estimate, for training and for loading."""
     args = inputs.args
+    if args.criterion not in (None, *CRITERION_REGISTRY):
+        raise ConfigError(f"--criterion {args.criterion} is unknown: the recipes use {CRITERION}")
+    in_pieces = args.criterion == CRITERION
     device, free = memory.free_on_device(args.cpu)
     process = inputs.process if device == "CPU" else None
     parts = memory.estimate(
-        inputs.shape, args.precision, args.max_tokens, args.checkpoint_activations, process
+        inputs.shape,
+        args.precision,
+        args.max_tokens,
+        args.checkpoint_activations,
+        process,
+        in_pieces,
     )
     setting = f"{args.precision}, {args.max_tokens:,} tokens"
     largest = sorted(parts, key=parts.get, reverse=True)[:3]
@@ -232,7 +244,8 @@ def check_memory(inputs):
             sum(parts.values()),
             device,
             free,
-            "lower --max-tokens (and raise --update-freq), add --checkpoint-activations or --amp",
+            ("" if in_pieces else f"add --criterion {CRITERION}, ")
+            + "lower --max-tokens (and raise --update-freq), add --checkpoint-activations or --amp",
             parts,
         )
     ]

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import torch
 
+from lslora_fairseq.criterions.frozen_projection import pieces
+
 GIB = 1024**3
 WEIGHT_BYTES = {"fp32": 4, "amp": 4, "fp16": 2, "memory-efficient-fp16": 2}
 # Bytes of one entry that is kept for the backward pass. Under AMP the inputs of layer norms stay
 # in fp32 and the rest is in half precision, on average 2.5.
 ACTIVATION_BYTES = {"fp32": 4, "amp": 2.5, "fp16": 2, "memory-efficient-fp16": 2}
-# Bytes of one entry of the output distribution at the peak: logits, log-probabilities and their
-# gradients; the criterion computes in fp32 whatever the precision.
+# Bytes of one entry of the output distribution at the peak, of fairseq's own criterions: logits,
+# log-probabilities and their gradients; they compute in fp32 whatever the precision.
 LOGIT_BYTES = {"fp32": 16, "amp": 14, "fp16": 14, "memory-efficient-fp16": 14}
 
 # On a CPU, measured with label smoothing: log-probabilities and two gradients; and what a layer's
@@ -50,7 +52,7 @@ class Shape:
     kept_entries: int = 0
 
 
-def estimate(shape, precision, max_tokens, checkpointed=False, process=None):
+def estimate(shape, precision, max_tokens, checkpointed=False, process=None, in_pieces=False):
     """Peak memory of a training step with ``pruned_adam``, a rough estimate.
 
     On a CPU it is all that the process takes, on a GPU the tensors alone (CUDA itself takes some
@@ -66,6 +68,7 @@ def estimate(shape, precision, max_tokens, checkpointed=False, process=None):
         max_tokens: tokens of a batch, on either side
         checkpointed: ``--checkpoint-activations``
         process: bytes of the process without model and batch on a CPU; None on a GPU
+        in_pieces: ``--criterion lslora_label_smoothed_cross_entropy``
 
     Returns:
         dict of part -> bytes
@@ -80,13 +83,18 @@ def estimate(shape, precision, max_tokens, checkpointed=False, process=None):
     logits, more = LOGIT_BYTES, {}
     if process is not None:
         kept, logits, more = kept + CPU_LAYERS * decoder, CPU_LOGIT_BYTES, {"process": process}
+    distribution = logits[precision] * shape.rows * max_tokens
+    if in_pieces:
+        _, distribution = pieces(
+            max_tokens, shape.rows, torch.float if precision == "fp32" else torch.half
+        )
     return {
         "base model": base * shape.base_parameters,
         "adapters": (weight + 1) * (entries + shape.kept_entries),  # and their masks
         "gradients": weight * entries,
         "optimizer": OPTIMIZER_BYTES[precision] * entries,
         "activations": int(ACTIVATION_BYTES[precision] * kept * max_tokens),
-        "output distribution": logits[precision] * shape.rows * max_tokens,
+        "output distribution": distribution,
         **more,
     }
 

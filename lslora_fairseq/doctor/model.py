@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -11,6 +12,7 @@ from fairseq.models import ARCH_CONFIG_REGISTRY
 from lslora_fairseq import unsupported
 from lslora_fairseq.doctor.memory import Shape
 from lslora_fairseq.errors import ConfigError, UserError
+from lslora_fairseq.identity import Identity
 from lslora_fairseq.keys import EMBEDDINGS, RECORD, is_adapter_key
 from lslora_fairseq.models.lslora_transformer import LSLoTransformerModel
 from lslora_fairseq.tasks.options import begin_adapters, restore_lora_options
@@ -43,10 +45,12 @@ def build(inputs):
         ConfigError: an option is wrong; the message is that of fairseq-train.
     """
     dictionary = inputs.dictionary or _Rows(inputs.checkpoint.rows)
-    args = _options(inputs, len(dictionary))
+    args, added = _options(inputs, len(dictionary))
     task = SimpleNamespace(source_dictionary=dictionary, target_dictionary=dictionary)
     with _as_config_error(), torch.device("meta"):
-        return LSLoTransformerModel.build_model(args, task)
+        model = LSLoTransformerModel.build_model(args, task)
+    model.added = added
+    return model
 
 
 def _options(inputs, words):
@@ -54,17 +58,18 @@ def _options(inputs, words):
     if arch and arch not in ARCH_CONFIG_REGISTRY:
         known = ", ".join(sorted(name for name in ARCH_CONFIG_REGISTRY if "lslora" in name))
         raise ConfigError(f"--arch {arch} is unknown: choose one of {known}")
-    saved = checkpoint.options if checkpoint else {}
+    saved, added = checkpoint.options if checkpoint else {}, ()
     options = Namespace(**vars(inputs.lora_options))
     if checkpoint:
-        restore_lora_options(options, checkpoint.path, saved, is_fresh=True)
+        added = restore_lora_options(options, checkpoint.path, saved, is_fresh=True)
     if not arch:
         sizes = {**saved, **NOT_TAKEN_OVER, **vars(options)}
         options = Namespace(**sizes)
+    options.lora_train_tokens = None  # a row each, and of which tokens, the task knows
     options.checkpoint_activations = inputs.args.checkpoint_activations
     ARCH_CONFIG_REGISTRY[arch or "lslora_transformer"](options)
     begin_adapters(options, words)
-    return options
+    return options, added
 
 
 @contextmanager
@@ -84,7 +89,9 @@ def check_fit(model, checkpoint):
     """
     own = model.state_dict()
     weights = dict(checkpoint.weights)
-    weights.pop(RECORD, None)  # its languages are another check's
+    if RECORD in weights:  # the order of its languages is another check's
+        known = Identity.from_record(weights[RECORD], checkpoint.path)
+        weights[RECORD] = replace(known, langs=None).record()
     for key in EMBEDDINGS:
         if key in own and key in weights and own[key].size(1) == weights[key].size(1):
             weights[key] = own[key]

@@ -12,7 +12,7 @@ from lslora_fairseq.lora.merge import delta_weight
 from lslora_fairseq.lora.routing import current_pass
 
 
-def _autocast_dtype(device_type):
+def autocast_dtype(device_type):
     """The dtype that autocast asks for on this device, or None."""
     if hasattr(torch, "get_autocast_dtype"):  # torch ≥ 2.4
         enabled = torch.is_autocast_enabled(device_type)
@@ -112,7 +112,7 @@ def apply_linears(x, linears):
         side: _route(here, first.site, side).without_beams(x.size(0)) for side in first.adapters
     }
     x = x.contiguous()
-    dtype = _autocast_dtype(x.device.type)
+    dtype = autocast_dtype(x.device.type)
     stacks = {
         adapters: _stack(here, adapters, routes[side].present, dtype)
         for side, adapters in first.adapters.items()

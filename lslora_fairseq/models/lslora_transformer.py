@@ -21,7 +21,8 @@ from lslora_fairseq.lora.linear import LSLoLinear
 from lslora_fairseq.lora.merge import merged
 from lslora_fairseq.lora.plan import MODULES, SHARED, SIDES
 from lslora_fairseq.lora.routing import AdapterLayout
-from lslora_fairseq.models.loading import check_keys, match_rows, take_rows
+from lslora_fairseq.lora.tokens import TokenRows
+from lslora_fairseq.models.loading import add_languages, check_keys, match_rows, take_rows
 from lslora_fairseq.models.stacks import LSLoTransformerDecoder, LSLoTransformerEncoder
 from lslora_fairseq.unsupported import refuse_unsupported
 
@@ -33,6 +34,8 @@ class LSLoTransformerModel(TransformerModel):
     """fairseq's transformer, frozen, with one LoRA per language in its linears."""
 
     begun_with = None  # the Assembly of adapter files for the base model that is loaded, or None
+    added = ()  # languages that training adds to those of the checkpoint that is loaded
+    init_from = {}  # language that starts afresh -> the one whose adapters and row it starts with
 
     @classmethod
     def add_args(cls, parser):
@@ -51,6 +54,7 @@ class LSLoTransformerModel(TransformerModel):
             model = super().build_model(args, task)
             model.add_adapters(args)
             model.identify(args, getattr(task, "langs", None))
+            model.add_token_rows()
         return model
 
     @classmethod
@@ -150,6 +154,37 @@ class LSLoTransformerModel(TransformerModel):
         self.identity.appended = None if lines is None else dictionary.symbols[lines:]
         self._write_record()
 
+    def add_token_rows(self):
+        """Gives the languages whose token is trained a parameter for its row.
+
+        Raises:
+            ConfigError: the token has no row of its own beyond the dictionary file.
+        """
+        dictionary, rows = self.encoder.dictionary, {}
+        for code in self.plan.tokens:
+            row = dictionary.index(self.identity.token(code))
+            if row < getattr(dictionary, "rows_in_file", 0) or row == dictionary.unk():
+                raise ConfigError(
+                    f"--lora-train-tokens: {self.identity.token(code)} is no token beyond the "
+                    "dictionary file, whose rows stay those of the base model: leave it out"
+                )
+            rows[code] = self.languages.index(code), row
+        if rows:
+            self.token_rows = TokenRows(rows, self.decoder.output_projection.weight)
+            for module in {self.encoder.embed_tokens, self.decoder.embed_tokens}:
+                module.register_forward_hook(self.token_rows.pass_gradient)
+
+    def write_token_rows(self):
+        """Brings trained rows of tokens into the embeddings, as after every update."""
+        if hasattr(self, "token_rows"):
+            self.token_rows.write(self.decoder.output_projection.weight)
+
+    def load_state_dict(self, *args, **kwargs):
+        found = super().load_state_dict(*args, **kwargs)
+        if hasattr(self, "token_rows"):
+            self.token_rows.read(self.decoder.output_projection.weight)
+        return found
+
     def _write_record(self):
         device = self.encoder.embed_tokens.weight.device
         self.register_buffer(RECORD, self.identity.record().to(device))
@@ -245,6 +280,7 @@ class LSLoTransformerModel(TransformerModel):
             names = [*(f"{side}_adapters" for side in (*SIDES, SHARED)), "side_weights"]
             for layer, name in itertools.product(stack.layers, names):
                 layer._modules.pop(name, None)
+        self._modules.pop("token_rows", None)
         del self._buffers[RECORD]  # from here on a plain transformer
         self.encoder.merged = needed
 
@@ -344,11 +380,15 @@ class LSLoTransformerModel(TransformerModel):
                 self.begun_with.assemble(state_dict)
             found = self._identity_of(state_dict)
             self._know_base(found, state_dict)
+            has_adapters = any(map(is_adapter_key, state_dict))
+            if self.added and has_adapters:
+                starts = {code: self.init_from.get(code) for code in self.added}
+                add_languages(own, state_dict, found, self.plan, starts)
             if found.adapters is not None:
-                found.check_adapters(self.identity.adapters)
+                found.check_adapters(self.identity.adapters, self.added)
             if found.langs is not None or being_loaded.get() is not None:
                 self._match_embeddings(own, state_dict, found)
-            if not any(is_adapter_key(key) for key in state_dict):
+            if not has_adapters:
                 state_dict.update({k: v for k, v in own.items() if is_adapter_key(k)})
             state_dict[RECORD] = own[RECORD] = getattr(self, RECORD)
             check_keys(own, state_dict, found)
@@ -381,8 +421,46 @@ class LSLoTransformerModel(TransformerModel):
             if matched is not None:
                 state_dict[key] = take_rows(own[key], found, matched)
                 if stack == "encoder":
-                    _warn_of_new_rows(matched, dictionary.symbols)
+                    self._warn_of_new_rows(matched)
                     self._match_words(own, state_dict, matched)
+                self._start_rows(state_dict, key, matched)
+
+    def _start_rows(self, state_dict, key, matched):
+        """Rows of tokens that are new to the base start as those of others (``--lora-init-from``),
+        with what the embeddings' adapter adds to these."""
+        token = {
+            c: self.encoder.dictionary.index(self.identity.token(c)) for c in self.languages.codes
+        }
+        for code, source in self.init_from.items():
+            row, like = token[code], token[source]
+            if matched[row] >= 0:
+                continue
+            if matched[like] < 0:
+                raise ConfigError(
+                    f"--lora-init-from {code}={source}: the token of {source} is new to the base "
+                    "model, too: name a language that it knows"
+                )
+            state_dict[key][row] = state_dict[key][like]
+            adapter = state_dict.get(f"embedding_adapters.lora_{SHARED}")
+            if adapter is not None and self.plan.embedding_site:
+                d = self.plan.embedding_site.in_features
+                state_dict[key][row] += adapter[:, d + like].float() @ adapter[:, :d].float()
+
+    def _warn_of_new_rows(self, matched):
+        symbols = self.encoder.dictionary.symbols
+        new = [symbols[row] for row in (matched < 0).nonzero().flatten().tolist()]
+        trained = [self.identity.token(code) for code in self.plan.tokens]
+        kept = [symbol for symbol in new if symbol not in trained]
+        if kept:
+            logger.warning(
+                "%d embedding rows are new to the base model and stay untrained, since the base is "
+                "frozen: %s",
+                len(kept),
+                listed(kept, " "),
+            )
+        if len(kept) < len(new):
+            new = [symbol for symbol in new if symbol in trained]
+            logger.info("new to the base model, with a row that is trained: %s", listed(new, " "))
 
     def _match_words(self, own, state_dict, matched):
         """Brings the columns of the embeddings' adapter, which belong to words, into our order."""
@@ -392,14 +470,3 @@ class LSLoTransformerModel(TransformerModel):
                 ours, theirs = (w[key][:, d:].t() for w in (own, state_dict))
                 B = take_rows(ours, theirs, matched).t()
                 state_dict[key] = torch.cat([state_dict[key][:, :d], B], 1)
-
-
-def _warn_of_new_rows(matched, symbols):
-    new = [symbols[row] for row in (matched < 0).nonzero().flatten().tolist()]
-    if new:
-        logger.warning(
-            "%d embedding rows are new to the base model and stay untrained, since the base is "
-            "frozen: %s",
-            len(new),
-            listed(new, " "),
-        )

@@ -7,7 +7,9 @@ the encoder output, and activation checkpointing hands each layer its own batch'
 
 from fairseq.models.transformer import TransformerDecoderBase, TransformerEncoderBase
 from fairseq.modules.checkpoint_activations import checkpoint_wrapper
+from torch import nn
 
+from lslora_fairseq.lora.embedding import AdaptedProjection
 from lslora_fairseq.lora.plan import SHARED, SIDES
 from lslora_fairseq.lora.routing import Present, routed
 from lslora_fairseq.models.layers import (
@@ -261,6 +263,26 @@ class LSLoTransformerDecoder(_RoutedStack, TransformerDecoderBase):
             "attn": [None if a is None else a[back] for a in extra["attn"]],
             "inner_states": [_reorder(x, back) for x in states],
         }
+
+    def frozen_projection(self):
+        """What :meth:`output_layer` makes logits of features h with: h Eᵀ + (h Aᵀ) B.
+
+        Returns:
+            E (words, d), without gradient; A (r, d) and B (r, words), or None and None without an
+            adapter of the embeddings
+
+        Raises:
+            ValueError: it does something else, or E is trained; the message says which.
+        """
+        projection = self.output_projection
+        if projection is None:
+            raise ValueError("the model has an adaptive softmax")
+        if type(projection) not in (nn.Linear, AdaptedProjection) or projection.bias is not None:
+            raise ValueError("the output projection is more than a matrix")
+        if projection.weight.requires_grad:
+            raise ValueError("the output projection is trained")
+        is_adapted = type(projection) is AdaptedProjection
+        return projection.weight, *(projection.factors() if is_adapted else (None, None))
 
     def _kept_routes(self, ids, incremental_state):
         """The routes of a step. The languages of the batch's first step are those of all: what is

@@ -7,11 +7,18 @@ import re
 from argparse import Namespace
 
 from fairseq.checkpoint_utils import get_maybe_sharded_checkpoint_filename
+from fairseq.data.multilingual.multilingual_utils import get_lang_tok
 
 from lslora_fairseq.adapters.assembly import Assembly, rows_of
 from lslora_fairseq.adapters.header import TOKENS
 from lslora_fairseq.checkpoints import chosen_checkpoint, read_checkpoint
-from lslora_fairseq.config import LORA_FIELDS, NEW_ADAPTERS, LSLoConfig, PruningConfig
+from lslora_fairseq.config import (
+    LORA_FIELDS,
+    NEW_ADAPTERS,
+    LSLoConfig,
+    PruningConfig,
+    StartConfig,
+)
 from lslora_fairseq.errors import ConfigError, listed
 from lslora_fairseq.languages import Languages
 
@@ -20,7 +27,8 @@ logger = logging.getLogger(__name__)
 # what decoding takes from the checkpoint unless the command line gives it
 TASK_FIELDS = ("langs", "lang_dict", "lang_pairs", *TOKENS)
 # what may change from one stage to the next on the same adapters
-FREE_FIELDS = ("lora_dropout", "lora_train_languages")
+STAGE_FIELDS = ("lora_train_languages", "lora_train_tokens", "lora_init_from")  # of a stage alone
+FREE_FIELDS = ("lora_dropout", *STAGE_FIELDS)
 DEFAULT_RESTORE_FILE = "checkpoint_last.pt"
 
 
@@ -103,6 +111,27 @@ def chosen_start(args):
     return None, True
 
 
+def base_left_out(args):
+    """The base model that checkpoints of a run leave out, or None if they hold all.
+
+    Raises:
+        ConfigError: it is not named, or ``--lora-save`` cannot be read.
+    """
+    start = StartConfig.from_namespace(args)
+    if start.lora_save == "all":
+        return None
+    if start.lora_save != "adapters":
+        raise ConfigError(f"--lora-save {start.lora_save} must be all or adapters")
+    base = start.lora_base or getattr(args, "finetune_from_model", None)
+    if base is None or not os.path.isfile(base):
+        raise ConfigError(
+            "--lora-save adapters leaves the base model out of checkpoints, and "
+            + (f"{base}: no such file" if base else "no command tells where it is")
+            + ": name it with --finetune-from-model or --lora-base"
+        )
+    return base
+
+
 def restore_task_options(args, adapters=None):
     """Takes languages and language tokens from the (first) checkpoint to decode with.
 
@@ -180,12 +209,76 @@ def begin_adapters(args, words):
     Args:
         words: number of rows of the embeddings
     """
-    several = getattr(args, "adaptive_softmax_cutoff", None) is not None
-    several |= not getattr(args, "share_all_embeddings", False)  # matrices of embeddings
+    several = _has_several_matrices(args)
     for name, value in NEW_ADAPTERS.items():
         if getattr(args, name, None) is None:
             is_left_out = several and name == "lora_embedding_rank"
             setattr(args, name, 0 if is_left_out else min(value, args.encoder_embed_dim, words))
+
+
+def _has_several_matrices(args):
+    """Whether encoder, decoder and output projection do not share one matrix of embeddings."""
+    several = getattr(args, "adaptive_softmax_cutoff", None) is not None
+    return several or not getattr(args, "share_all_embeddings", False)
+
+
+def begin_tokens(args, base, dictionary, saved):
+    """Fills in whose tokens' rows a stage trains, if it is not told: those that are new to the base
+    model, and those that the stage before trained.
+
+    Args:
+        base: :class:`~lslora_fairseq.identity.Identity` of what training starts from, or None
+        dictionary: this run's
+        saved: the options of what it starts from
+    """
+    config = LSLoConfig.from_namespace(args)
+    if config.lora_tiers is None or config.lora_train_tokens is not None:
+        return
+    args.lora_train_tokens = "none"
+    if _has_several_matrices(args) or base is None or base.langs is None:
+        return
+    languages = Languages.parse(config.lora_tiers)
+    if not any(languages.per_language(config.lora_rank, "--lora-rank", int)):
+        return
+    chosen = languages.codes
+    if config.lora_train_languages is not None:
+        chosen = languages.subset(config.lora_train_languages, "--lora-train-languages")
+    before = (saved.get("lora_train_tokens") or "").split(",")
+    found = [
+        code
+        for code in chosen
+        if (code not in base.langs or code in before)
+        and dictionary.index(get_lang_tok(code, args.lang_tok_style)) >= dictionary.rows_in_file
+    ]
+    args.lora_train_tokens = ",".join(found) or "none"
+
+
+def starts_of(args, added, has_adapters):
+    """Which language another one starts as, by ``--lora-init-from``.
+
+    Args:
+        added: the languages that this stage adds
+        has_adapters: training starts from a checkpoint or files with adapters
+
+    Raises:
+        ConfigError: it cannot be read, or names languages that do not start here.
+    """
+    option, found = "--lora-init-from", {}
+    text = getattr(args, "lora_init_from", None) or ""
+    for part in filter(None, text.replace(" ", "").split(",")):
+        code, equals, source = part.partition("=")
+        if not (code and equals and source):
+            raise ConfigError(f"{option}: cannot read {part!r}: write wo=fr,sd=ur")
+        languages = Languages.parse(args.lora_tiers)
+        languages.subset(f"{code},{source}", option)
+        if has_adapters and (code not in added or source in added):
+            odd = f"{source} has no" if code in added else f"{code} has"
+            raise ConfigError(
+                f"{option} {part}: {odd} adapters where this run starts from: name a language that "
+                "it adds, and one that is there"
+            )
+        found[code] = source
+    return found
 
 
 def restore_lora_options(args, path, saved, is_fresh=False):
@@ -198,6 +291,9 @@ def restore_lora_options(args, path, saved, is_fresh=False):
         saved: the options that it was trained with
         is_fresh: training starts afresh from it, as a further stage, and does not go on
 
+    Returns:
+        the languages that a further stage adds
+
     Raises:
         ConfigError: this run has other options, or keeps adapters that are not there.
     """
@@ -208,36 +304,49 @@ def restore_lora_options(args, path, saved, is_fresh=False):
                 f"{path or 'a new model'} has none: leave it out, or start from a checkpoint with "
                 "adapters (--finetune-from-model)"
             )
-        return
+        return ()
     languages = Languages.parse(saved["lora_tiers"])
     given = Namespace(**{n: getattr(args, n) for n in LORA_FIELDS if hasattr(args, n)})
+    grown, tiers = languages, getattr(given, "lora_tiers", None)
+    if is_fresh and tiers is not None:
+        grown = languages.joined(Languages.parse(tiers))
+    added = tuple(code for code in grown.codes if code not in languages)
     for name in LORA_FIELDS:
         trained = saved.get(name, getattr(LSLoConfig, name))  # older than the option
         value = getattr(given, name, None)
         is_given = value is not None and value is not False  # the doctor's parser: not given
-        # what was kept concerns the stage that kept it
-        if is_fresh and name in FREE_FIELDS and (is_given or name == "lora_train_languages"):
+        if is_fresh and name in FREE_FIELDS and (is_given or name in STAGE_FIELDS):
             continue
-        if is_given and not _same(name, value, trained, languages):
+        if is_given and not _same(name, value, trained, languages, grown):
             here, there = _from_first_difference(value, trained)
             raise ConfigError(
                 f"--{name.replace('_', '-')} {here} differs from {there} of {path}, which "
                 f"this run {'starts from' if is_fresh else 'resumes'}: leave the option out, or "
                 f"choose another {'checkpoint' if is_fresh else '--save-dir'}"
             )
-        setattr(args, name, trained)
+        is_of_added = is_given and added and name in ("lora_rank", "lora_alpha")
+        setattr(args, name, value if is_of_added else trained)
+    if added:
+        args.lora_tiers = grown.spec
+    return added
 
 
-def _same(name, value, saved, languages):
-    """Whether two texts of an option mean the same for these languages."""
-    if name == "lora_tiers":  # a file and its text may spell the same inventory
+def _same(name, value, saved, languages, grown):
+    """Whether two texts of an option agree.
+
+    Args:
+        languages: those of the checkpoint
+        grown: with those that are added
+    """
+    if name == "lora_tiers":  # those that it leaves out stay
         here = Languages.parse(value)
-        return {c: here.tier(c) for c in here.codes} == {
-            c: languages.tier(c) for c in languages.codes
-        }
+        return all(c in grown and here.tier(c) == grown.tier(c) for c in here.codes)
     if name in ("lora_rank", "lora_alpha") and saved is not None:
         option = f"--{name.replace('_', '-')}"
-        return len({languages.per_language(v, option, float) for v in (value, saved)}) == 1
-    if name.endswith(("_target_modules", "_train_languages")) and saved is not None:
+        here = dict(zip(grown.codes, grown.per_language(value, option, float)))
+        there = languages.per_language(saved, option, float)
+        return tuple(here[code] for code in languages.codes) == there
+    lists = ("_target_modules", "_train_languages", "_train_tokens", "_init_from")
+    if name.endswith(lists) and saved is not None:
         return {v.strip() for v in value.split(",")} == {v.strip() for v in saved.split(",")}
     return str(value) == str(saved)

@@ -21,6 +21,7 @@ from lslora_fairseq.checkpoints import read_args
 from lslora_fairseq.config import StartConfig
 from lslora_fairseq.errors import ConfigError, listed, one_line_errors
 from lslora_fairseq.identity import Identity
+from lslora_fairseq.light import Light, given_base
 from lslora_fairseq.lora.plan import SIDES
 from lslora_fairseq.models.stacks import LANG_IDS, ignore_languages
 from lslora_fairseq.optim.pruned import PrunedOptimizer
@@ -49,6 +50,7 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
 
     languages = None  # the inventory of the model with adapters, known once it is built
     places = ()  # of adapter files that training begins with
+    light = None  # Light, where checkpoints leave the base model out
     adapters = None  # a Collection of adapter files that stock models are decoded with, or None
     _read_ids = None
     _epoch = 1
@@ -72,7 +74,9 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
             decodes = getattr(args, "path", None) and not getattr(args, "optimizer", None)
             if decodes and not has_direction:
                 raise ConfigError("decoding needs both languages of a direction: give -s and -t")
-            places = StartConfig.from_namespace(args).places
+            start = StartConfig.from_namespace(args)
+            given_base.set(start.lora_base)
+            places = start.places
             args.lora_adapters = None  # a checkpoint that is trained from them knows all
             adapters = None
             if places and getattr(args, "path", None):
@@ -91,17 +95,18 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
 
     def build_model(self, args, from_checkpoint=False):
         with one_line_errors():
-            assembly = None
+            begun = {}
             if not from_checkpoint and hasattr(args, "restore_file"):
-                assembly = self._prepare_training(args)
+                begun = self._prepare_training(args)
             elif from_checkpoint and self.adapters is not None:
                 path = getattr(self.args, "path", None) or "the base model"
                 assembly = Assembly.for_base(self.adapters, path, vars(args))
+                begun = {"begun_with": assembly}
                 args = Namespace(**{**vars(args), **assembly.model_options()})
             model = super().build_model(args, from_checkpoint)
-            if assembly is not None:
-                model.begun_with = assembly
             if hasattr(model, "plan"):
+                for name, value in begun.items():
+                    setattr(model, name, value)
                 self._check_languages(model, from_checkpoint)
                 self._read_ids = self._id_reader(model)
             else:  # a stock model: nothing to route
@@ -125,13 +130,17 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
         """Checks what training needs; the options of the adapters follow the checkpoint.
 
         Returns:
-            the :class:`Assembly` of files that training begins with, or None
+            what the model needs to know of a checkpoint that training starts afresh from, by name
+            of its attributes
         """
         if getattr(args, "optimizer", None):
             options.check_optimizer(args)
         refuse_processes(args, get_global_world_size())
         args.lora_adapters = assembly = None
         path, is_fresh = options.chosen_start(args)
+        base = options.base_left_out(args)
+        if base is not None:
+            self.light = Light(base)
         if path is None:
             if self.places:
                 raise ConfigError(
@@ -148,9 +157,17 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
         if self.places and (is_fresh or saved.get("lora_tiers") is None):
             assembly = Assembly.for_base(Collection(self.places), path, saved)
             path, saved = assembly.adapters.path, assembly.model_options()
-        options.restore_lora_options(args, path, saved, is_fresh)
+        added = options.restore_lora_options(args, path, saved, is_fresh)
         options.begin_adapters(args, len(self.source_dictionary))
-        return assembly
+        if not is_fresh:
+            return {"begun_with": assembly}
+        base = None
+        if path is not None:
+            base = Identity.from_options(path, saved) if assembly is None else assembly.known()
+        options.begin_tokens(args, base, self.source_dictionary, saved)
+        has_adapters = saved.get("lora_tiers") is not None
+        starts = options.starts_of(args, added, has_adapters)
+        return {"begun_with": assembly, "added": added, "init_from": starts}
 
     def _check_languages(self, model, from_checkpoint):
         """Every language of the data has an adapter, every adapter a language token."""
@@ -376,6 +393,9 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
     def begin_epoch(self, epoch, model):
         super().begin_epoch(epoch, model)
         self._epoch = epoch
+        if self.light is not None and not self.light.is_checked:
+            with one_line_errors():
+                self.light.check(model.state_dict())
 
     def train_step(self, sample, model, criterion, optimizer, update_num, ignore_grad=False):
         pruned = _pruned_optimizer(optimizer)
@@ -387,6 +407,11 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
                 name = f"p_source/{layer}"  # TensorBoard draws names with one prefix together
                 metrics.log_scalar(name, share, weight=0, priority=700, round=4)
         return super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad)
+
+    def optimizer_step(self, optimizer, model, update_num):
+        super().optimizer_step(optimizer, model, update_num)
+        if self.languages is not None:
+            model.write_token_rows()
 
     def starts_afresh(self, model, path):
         """Called once training has loaded the checkpoint that it starts from with a new optimizer:
@@ -404,9 +429,10 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
             kept = f"only the adapters of {listed(trained)} are trained, all others stay; of them, "
         logger.info(
             "adapters continue from %s: languages, ranks, alpha, sides, modules and shape are its "
-            "own; optimizer, learning rate, pruning schedule and dropout are this run's; %s%s of "
+            "own%s; optimizer, learning rate, pruning schedule and dropout are this run's; %s%s of "
             "%s entries are pruned%s",
             path,
+            f", and {listed(model.added)} new" if model.added else "",
             kept,
             f"{pruned:,}",
             f"{entries:,}",

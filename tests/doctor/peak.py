@@ -1,6 +1,6 @@
 """Trains a small model for three updates; prints the peak of this process and the estimate of it.
 
-peak.py WORDS DIM LAYERS TOKENS, run by test_memory.py in a process of its own.
+peak.py WORDS DIM LAYERS TOKENS CRITERION, run by test_memory.py in a process of its own.
 """
 
 import re
@@ -12,13 +12,14 @@ from types import SimpleNamespace
 import planted
 import torch
 import toy
-from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
+from fairseq.criterions import CRITERION_REGISTRY
 
 from lslora_fairseq.doctor import memory
 from lslora_fairseq.doctor.model import shape
 from lslora_fairseq.models.lslora_transformer import LSLoTransformerModel
 
-words, dim, layers, tokens = map(int, sys.argv[1:])
+words, dim, layers, tokens = map(int, sys.argv[1:5])
+name = sys.argv[5]
 LENGTH = 20
 process = memory.own_size()
 task = toy.task(words)
@@ -31,7 +32,7 @@ sizes = {
 }
 model = LSLoTransformerModel.build_model(Namespace(**{**toy.OPTIONS, **sizes}), task).train()
 optimizer = planted.pruned_adam(model, 0.001)
-criterion = LabelSmoothedCrossEntropyCriterion(
+criterion = CRITERION_REGISTRY[name](
     SimpleNamespace(target_dictionary=task.target_dictionary), False, 0.1
 )
 pairs = [(0, 1), (2, 3), (1, 2), (3, 0)] * (tokens // LENGTH // 4)
@@ -45,5 +46,6 @@ for update in range(3):
     optimizer.step()
 status = Path("/proc/self/status").read_text()
 peak = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
-parts = memory.estimate(shape(model), "fp32", target.numel(), process=process)
+in_pieces = name.startswith("lslora")
+parts = memory.estimate(shape(model), "fp32", target.numel(), process=process, in_pieces=in_pieces)
 print(peak, sum(parts.values()), process)

@@ -216,7 +216,7 @@ def test_what_is_refused(corpus, finetuned, files, assembled, tmp_path):
     args = generate_args(corpus, checkpoint, "en", "de", *with_files)
     refused("fairseq-generate", args, "has adapters of its own, and those of")
     args = finetune_args(corpus, tmp_path / "run", *with_files)
-    told = "--lora-rank 8 differs from de=2,en=2,fr=4,ja=4 of"
+    told = "--lora-rank 8 differs from high=2,low=4 of"
     refused("fairseq-train", with_option(args, "--lora-rank", "8"), told)
     args = bare(corpus, tmp_path / "run", *with_files)
     told = "--lora-adapters needs the base model that the files were trained on"

@@ -215,6 +215,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_workers_that_are_spawned_load_the_same_batches(corpus, tmp_path):
     """As on macOS and Windows, and on Linux from Python 3.14."""
     script = tmp_path / "train.py"

@@ -36,7 +36,10 @@ def start_and_kill(args, line, log):
     assert process.wait() == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("unit", SCHEDULES)
+@pytest.mark.parametrize(
+    "unit",
+    [pytest.param(name, marks=pytest.mark.slow if name != "epoch" else ()) for name in SCHEDULES],
+)
 def test_killed_run_ends_in_the_same_bits(corpus, tmp_path, unit):
     def args(name):
         # a checkpoint every 2 updates, the last one copied over checkpoint_last.pt each time

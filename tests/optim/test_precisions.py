@@ -1,10 +1,13 @@
 """The guarantees in every precision that fairseq offers."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+import toy
+from fairseq.criterions import CRITERION_REGISTRY
 from toy import adapters, batch, build, set_adapters
 from updates import (
     ALL,
@@ -18,6 +21,7 @@ from updates import (
     wrapped,
 )
 
+from lslora_fairseq.criterions import frozen_projection
 from lslora_fairseq.lora.adapters import Adapter
 
 
@@ -89,3 +93,32 @@ def test_losses_agree_with_fp32(precision):
     found = cross_entropies(model, build_optimizer(), autocast)
     assert found != expected
     assert found == pytest.approx(expected, rel=LOSSES[precision.rpartition(" ")[2]])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.filterwarnings("ignore:.*GradScaler")
+def test_the_loss_in_pieces_agrees_with_fairseqs(precision, monkeypatch):
+    """Over eight updates; fairseq scales the loss, whose gradient is computed before that."""
+    monkeypatch.setattr(frozen_projection, "BUFFER", 2000)  # five tokens at a time
+    task = SimpleNamespace(target_dictionary=toy.dictionary())
+    net_input = batch(ALL)
+    target = net_input["src_tokens"].flip(1)  # padded on the right
+    sample = {"net_input": net_input, "target": target, "ntokens": int(target.ne(1).sum())}
+    losses = {}
+    for name in ("label_smoothed_cross_entropy", "lslora_label_smoothed_cross_entropy"):
+        criterion = CRITERION_REGISTRY[name](task, False, 0.1)
+        options = {"lora_embedding_rank": 3}
+        model, build_optimizer = in_precision(precision, lr=[0.002], model=options)
+        optimizer, losses[name] = build_optimizer(), []
+        for number in range(8):
+            wrapped(optimizer).prune_at(number + 1, number)
+            optimizer.zero_grad()
+            loss, *_ = criterion(model, sample)
+            losses[name].append(loss.item())
+            optimizer.backward(loss)
+            optimizer.clip_grad_norm(1.0)
+            optimizer.step()
+    expected, found = losses.values()
+    assert expected[-1] < 0.97 * expected[0]
+    rel = 1e-5 if precision == "amp" else LOSSES[precision.rpartition(" ")[2]]
+    assert found == pytest.approx(expected, rel=rel)

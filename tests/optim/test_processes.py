@@ -11,6 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import toy
+from fairseq.criterions import CRITERION_REGISTRY
+from fairseq.distributed import ModuleProxyWrapper
 from fairseq.models import DistributedFairseqModel
 from torch.nn.parallel import DistributedDataParallel
 from toy import batch, build, set_adapters
@@ -30,15 +33,30 @@ MODES = {
     "legacy_ddp": {},
     "legacy_ddp, checkpointed": {"checkpoint_activations": True},
     "c10d": {},
+    # the projection's part of the embeddings' gradient comes from outside of the wrapped model
+    "legacy_ddp, loss in pieces": {"lora_embedding_rank": 3},
+    "c10d, loss in pieces": {"lora_embedding_rank": 3},
 }
 
 
-def train(model, ranks, wrapped=None):
+def loss_of(model, net_input, mode):
+    if "pieces" not in mode:
+        return model(**net_input)[0].square().mean()
+    task = SimpleNamespace(target_dictionary=toy.dictionary())
+    target = net_input["src_tokens"].flip(1)
+    sample = {"net_input": net_input, "target": target, "ntokens": int(target.ne(1).sum())}
+    return CRITERION_REGISTRY["lslora_label_smoothed_cross_entropy"](task, False, 0.1)(
+        model, sample
+    )[0]
+
+
+def train(model, ranks, mode, wrapped=None):
     """Four updates with weight decay and pruning.
 
     Args:
         model: whose adapters are trained
         ranks: whose batches this process takes
+        mode: of :data:`MODES`
         wrapped: the model with the wrapper that reduces gradients, if there are other processes
 
     Returns:
@@ -54,7 +72,7 @@ def train(model, ranks, wrapped=None):
             is_last = (rank, number) == batches[-1]
             with contextlib.nullcontext() if is_last or not wrapped else wrapped.no_sync():
                 net_input = batch(sentences[rank][number], seed=100 * update + 10 * rank + number)
-                loss = (wrapped or model)(**net_input)[0].square().mean()
+                loss = loss_of(wrapped or model, net_input, mode)
                 optimizer.backward(loss / len(ranks))
         optimizer.all_reduce_grads(wrapped)
         optimizer.clip_grad_norm(1.0)
@@ -66,8 +84,10 @@ def train(model, ranks, wrapped=None):
 
 
 def wrap(model, mode):
-    if mode == "c10d":
-        return DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=True)
+    if mode.startswith("c10d"):
+        return ModuleProxyWrapper(
+            DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=True)
+        )
     args = SimpleNamespace(ddp_backend="legacy_ddp", tpu=False)
     return DistributedFairseqModel(args, model, torch.distributed.group.WORLD, "cpu")
 
@@ -80,7 +100,7 @@ def process(rank, port, folder):
     found = {}
     for mode, options in MODES.items():
         model = set_adapters(build(**options))
-        found[mode] = train(model, [rank], wrap(model, mode))
+        found[mode] = train(model, [rank], mode, wrap(model, mode))
     torch.save(found, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -102,12 +122,14 @@ def test_all_ranks_have_the_same_bits(two, mode):
     assert same(two[0][mode], two[1][mode])
     masks = [value for key, value in two[1][mode][-1][0].items() if key.endswith(".pruned")]
     removed = sum(int(mask.sum()) for mask in masks)
-    assert len(masks) == 4 + 2 and removed > 0
+    assert len(masks) == 4 + 2 + ("lora_embedding_rank" in MODES[mode]) and removed > 0
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_they_are_those_of_one_process(two, mode):
-    for (model, _, _), (alone, _, _) in zip(two[0][mode], train(set_adapters(build()), [0, 1])):
+    alone = build(lora_embedding_rank=MODES[mode].get("lora_embedding_rank", 0))
+    expected = train(set_adapters(alone), [0, 1], mode)
+    for (model, _, _), (alone, _, _) in zip(two[0][mode], expected):
         assert model.keys() == alone.keys()
         for key, value in alone.items():
             torch.testing.assert_close(model[key], value, atol=1e-6, rtol=0, msg=key)

@@ -97,12 +97,17 @@ PRECISIONS = {
 }
 
 
-def in_precision(precision, inner="adam", **more):
-    """A model in this precision, and the builder of its optimizer, fairseq's wrapper included."""
+def in_precision(precision, inner="adam", model=(), **more):
+    """A model in this precision, and the builder of its optimizer, fairseq's wrapper included.
+
+    Args:
+        model: its options
+        more: options of the optimizer
+    """
     cls, dtype, common = PRECISIONS[precision]
     if dtype == torch.float16 and not toy.HALF_ON_CPU:
         pytest.skip("this torch computes no fp16 on a CPU")
-    model = set_adapters(build()).to(dtype)
+    model = set_adapters(build(**dict(model))).to(dtype)
     args = options(inner, weight_decay=0.1, **more)
     args.optimizer = f"pruned_{inner}"
     config = fairseq_config(args)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import benchmark
 import benchmark_615m
+import benchmark_loss
 import benchmark_models
 import benchmark_sections
 import pytest
@@ -27,7 +28,7 @@ def tiny(monkeypatch):
     monkeypatch.setitem(benchmark.PRESETS, "cpu-small", TINY)
     monkeypatch.setattr(benchmark_models, "M2M_615M", TINY)
     monkeypatch.setattr(benchmark_sections, "MANY_LANGUAGES", 20)
-    for module in (benchmark_sections, benchmark_615m):
+    for module in (benchmark_sections, benchmark_615m, benchmark_loss):
         monkeypatch.setattr(module, "in_own_process", lambda f, *args: f(*args))
 
 
@@ -190,6 +191,26 @@ def test_record_holds_what_the_tables_say(tmp_path, capsys):
     assert {"lslora_fairseq, 1 language", "lslora_fairseq, 4 languages"} < memory.keys()
 
 
+@pytest.mark.parametrize("kind", ["", benchmark_loss.ADAPTED])
+def test_both_losses_are_the_same(kind):
+    losses = [
+        benchmark_loss.Loss(TINY, label + kind).run()
+        for label in (benchmark_loss.STOCK, benchmark_loss.OURS)
+    ]
+    torch.testing.assert_close(*losses)
+
+
+def test_losses_and_the_memory_of_steps():
+    options = SimpleNamespace(repetitions=2, threads=1)
+    plain, adapted = benchmark_loss.loss(options).tables
+    for table in (plain, adapted):
+        stock, ours = table.rows.values()
+        assert stock[1].median == stock[3].median == 1 and ours[1].median > 0
+    (table,) = benchmark_loss.loss_step(options).tables
+    assert list(table.rows) == ["full fine-tuning", benchmark_models.STOCK_LOSS, "lslora_fairseq"]
+
+
+@pytest.mark.slow
 def test_startup(monkeypatch, capfd):
     def once(name, runs, repetitions):
         return {label: [run()] for label, run in runs.items()}
@@ -202,10 +223,12 @@ def test_startup(monkeypatch, capfd):
     assert table.rows["fairseq alone"][1].median == 1
 
 
+@pytest.mark.slow
 def test_lifecycle():
     """Real commands: a model is trained, resumed, pruned, merged and decoded."""
     result = benchmark_615m.lifecycle(SimpleNamespace(threads=1))
-    assert len(result.tables[0].rows) == 3 and result.raw["checkpoint"] > 10_000
+    assert len(result.tables[0].rows) == 6
+    assert result.raw["checkpoint"] > result.raw["checkpoint (light)"] > 1000
     for seconds, peak in result.tables[0].rows.values():
         assert seconds.median > 0.5 and peak.median > 100
 

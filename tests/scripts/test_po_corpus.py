@@ -98,6 +98,27 @@ def test_the_same_seed_gives_the_same_corpus(corpus):
     assert before != {p: p.read_bytes() for p in (folder / "out").rglob("*.*")}
 
 
+def test_a_corpus_like_another_holds_out_the_same_messages(corpus):
+    """In a further language, of which some messages are in no other."""
+    folder, _ = corpus
+    wheel(folder, "shop", {"oc": numbered("oc", 80)})
+    wheel(folder, "site", {"oc": numbered("oc", 60, "page")})
+    like = ["--languages", "oc", "--like", str(folder / "out"), "--out", str(folder / "later")]
+    build(folder, *like)
+    held_out = {
+        (group, split): {
+            line for code in ("de", "fr") for line in lines(folder, group, split, code, "en")
+        }
+        for group in po_corpus.GROUPS
+        for split in ("valid", "test")
+    }
+    for (group, split), english in held_out.items():
+        found = lines(folder, f"../later/{group}", split, "oc", "en")
+        assert found and set(found) <= english
+        trained = lines(folder, f"../later/{group}", "train", "oc", "en")
+        assert len(trained) > 30 and not english & set(trained)
+
+
 def test_english_in_a_comment_stands_for_an_id_that_is_not_english():
     entries = '#. Default: "Say \\"hello\\" to ${name}"\nmsgid "label_hello"\nmsgstr "Hallo"\n'
     assert list(po_corpus.messages(entries)) == [('Say "hello" to ${name}', "Hallo")]

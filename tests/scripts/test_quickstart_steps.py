@@ -162,6 +162,25 @@ def test_what_is_found_reaches_the_next_training(recipe):
     assert recipe.command("finetune_learned") == trained_with("learned", *suggested, *sides)
 
 
+def test_a_language_is_added_to_the_adapters_of_the_quickstart(recipe):
+    status, out, err, _ = recipe.run("add_language.sh")
+    assert status == 0, err
+    assert "0 of 0 hypotheses of other directions are the same" in out
+    words, before = recipe.command("finetune_ca"), recipe.command("extract_before_ca")
+    given = dict(zip(words, words[1:]))  # of an option that is there twice, the last
+    assert given["--langs"] == "af,cs,cy,de,en,fr,nl,ca" and given["--lang-pairs"] == "en-ca,ca-en"
+    assert given["--lora-adapters"] == before[before.index("--out") + 1]
+    assert (given["--lora-tiers"], given["--lora-init-from"]) == ("low=ca", "ca=fr")
+    assert recipe.command("corpus_ca")[-2:] == ["--like", str(recipe.work / "corpus")]
+    _, _, _, calls = recipe.run("add_language.sh")
+    assert not calls
+    recipe.env.update(NEW="gl", LIKE="de")
+    _, _, _, calls = recipe.run("add_language.sh")
+    assert not any("train_base" in call for call in calls)
+    words = recipe.command("finetune_gl")
+    assert words[words.index("--lora-init-from") + 1] == "gl=de"
+
+
 def test_what_is_done_is_not_done_again(recipe):
     recipe.run("quickstart.sh")
     status, out, _, calls = recipe.run("quickstart.sh")
