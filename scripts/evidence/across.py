@@ -1,4 +1,4 @@
-"""Directions that were never trained: their test set, directly and by way of English."""
+"""Directions without English: their text, directly and by way of English."""
 
 import sys
 from pathlib import Path
@@ -10,6 +10,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # scripts/
 from po_corpus import normalise
 
 CORPUS = "few"
+OWN = "across"  # the folder of their own text, within that of the data
 
 
 def directions(work):
@@ -22,21 +23,21 @@ def lines(path):
     return path.read_text(encoding="utf-8").splitlines()
 
 
-def common(work, source, target):
-    """The test messages that two languages have.
+def common(work, source, target, subset):
+    """The messages of a subset that two languages have.
 
     Returns:
-        list of (line of the source language's test set, line of the target language's)
+        list of (line of the source language's subset, line of the target language's)
     """
     numbers = []
     for la in (source, target):
-        english = lines(work / "corpus" / CORPUS / f"test.{PIVOT}-{la}.{PIVOT}")
+        english = lines(work / "corpus" / CORPUS / f"{subset}.{PIVOT}-{la}.{PIVOT}")
         numbers.append({normalise(text): number for number, text in enumerate(english)})
     return [(i, numbers[1][key]) for key, i in numbers[0].items() if key in numbers[1]]
 
 
-def texts(work, pair, hypotheses=None):
-    """The test set of a direction as pieces.
+def texts(work, pair, hypotheses=None, subset="test"):
+    """A subset of a direction as pieces.
 
     Args:
         pair: (source, target)
@@ -49,19 +50,19 @@ def texts(work, pair, hypotheses=None):
     source, target = pair
     pieces = work / "pieces" / CORPUS
     if hypotheses is None:
-        here = lines(pieces / f"test.{PIVOT}-{source}.{source}")
+        here = lines(pieces / f"{subset}.{PIVOT}-{source}.{source}")
     else:
         model = sentencepiece.SentencePieceProcessor(model_file=str(work / "pieces" / "spm.model"))
         english = lines(hypotheses / f"{source}-{PIVOT}.hyp")
         here = [" ".join(words) for words in model.encode(english, out_type=str)]
-    there = lines(pieces / f"test.{PIVOT}-{target}.{target}")
-    numbers = common(work, source, target)
+    there = lines(pieces / f"{subset}.{PIVOT}-{target}.{target}")
+    numbers = common(work, source, target, subset)
     return [here[i] for i, _ in numbers], [there[j] for _, j in numbers]
 
 
-def binarise(jobs, work, folder, hypotheses=None, after=()):
-    """Binarises the test sets of all :func:`directions`, by way of English those of English into
-    their targets.
+def binarise(jobs, work, folder, hypotheses=None, after=(), subsets=("test",)):
+    """Binarises subsets of all :func:`directions`, by way of English those of English into their
+    targets.
 
     Args:
         folder: where, within the work folder
@@ -72,12 +73,15 @@ def binarise(jobs, work, folder, hypotheses=None, after=()):
         code = source if hypotheses is None else PIVOT
         text = work / folder / "text" / f"{code}-{target}"
         text.mkdir(parents=True, exist_ok=True)
-        for la, found in zip((code, target), texts(work, (source, target), hypotheses)):
-            content = "".join(line + "\n" for line in found)
-            (text / f"test.{la}").write_text(content, encoding="utf-8")
+        for subset in subsets:
+            found = texts(work, (source, target), hypotheses, subset)
+            for la, of_it in zip((code, target), found):
+                content = "".join(line + "\n" for line in of_it)
+                (text / f"{subset}.{la}").write_text(content, encoding="utf-8")
         dictionary = work / "pieces" / "dict.txt"
+        prefixes = [word for name in subsets for word in (f"--{name}pref", text / name)]
         jobs.run(f"{folder}/jobs/{code}-{target}", [
             "fairseq-preprocess", "--source-lang", code, "--target-lang", target,
-            "--testpref", text / "test", "--destdir", work / folder / "data",
+            *prefixes, "--destdir", work / folder / "data",
             "--srcdict", dictionary, "--tgtdict", dictionary,
         ], after=["data", *after])  # fmt: skip

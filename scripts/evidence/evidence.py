@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -54,6 +55,7 @@ class Evidence:
     def __init__(self, work, base, seeds):
         self.work, self.base, self.seeds = Path(work), base, seeds
         self.jobs = Jobs(work, sorted(os.sched_getaffinity(0))[: cores()])
+        self._own_text = threading.Lock()
 
     def place(self, corpus, name):
         """The folder of a system, within the work folder."""
@@ -98,6 +100,7 @@ class Evidence:
         })  # fmt: skip
         if corpus == across.CORPUS and name in ACROSS:
             self.across(place, best[first], penalty)
+            self.trained_across(place, system, rate, penalty)
         if corpus == TRIED_ON and name == BEST:
             self.isolation(corpus, name, system, rate, penalty)
 
@@ -181,6 +184,17 @@ class Evidence:
             across.binarise(jobs, work, folder, hypotheses, after)
             made = [f"{folder}/jobs/{path.name}" for path in (work / folder / "jobs").iterdir()]
             self.decode(f"{folder}/test", f"{folder}/data", "test", checkpoint, penalty, made)
+
+    def trained_across(self, place, system, rate, penalty):
+        """Trains a system on text of these directions alone, and decodes them."""
+        jobs, data, first = self.jobs, f"data/{across.OWN}", self.seeds[0]
+        with self._own_text:  # systems share it
+            across.binarise(jobs, self.work, data, subsets=("train", "valid", "test"))
+        pairs = ["-".join(pair) for pair in across.directions(self.work)]
+        folder, corpus = f"{place}/across/trained", f"{across.OWN}/data"
+        self.train(folder, corpus, system, rate, first, LENGTH[across.CORPUS], pairs=pairs)
+        checkpoint = f"{self.run(folder, rate, first)}/{finetune.BEST}"
+        self.decode(f"{folder}/test", f"data/{corpus}", "test", checkpoint, penalty)
 
     def isolation(self, corpus, name, system, rate, penalty):
         """Trains a system without one language, then that language alone; what has become of the

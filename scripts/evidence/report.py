@@ -176,11 +176,12 @@ def cost_rows(corpus):
 
 
 def across_rows(corpus, work):
-    """Header and rows: directions never trained, directly and by way of English."""
+    """Header and rows: directions without English, never trained, directly and by way of English,
+    and trained on their own text."""
     names = ["-".join(pair) for pair in across.directions(work)]
     rows = []
     for system in corpus.choices:
-        for way in ("direct", "pivot"):
+        for way in ("direct", "pivot", "trained"):
             folder = corpus.folder / system / "across" / way / "test" / "scores"
             if not folder.exists():
                 continue
