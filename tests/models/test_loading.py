@@ -2,12 +2,13 @@
 
 import re
 
+import adapter_files
 import pytest
 import torch
 from fairseq.data import Dictionary
 from fairseq.data.multilingual.multilingual_utils import augment_dictionary
 
-from lslora_fairseq.errors import ConfigError
+from lslora_fairseq.errors import ConfigError, UserError
 from lslora_fairseq.identity import Identity
 from lslora_fairseq.keys import is_adapter_key
 from lslora_fairseq.models.loading import check_keys, match_rows, take_rows
@@ -215,3 +216,29 @@ def test_adapters_that_do_not_fit_have_a_remedy_of_their_own():
     )
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         check_keys(own, found, Identity(arch="big"))
+
+
+def test_a_language_is_added_in_the_middle():
+    """The others keep their adapters and masks; it has those of the language it starts as."""
+    langs = {"lora_tiers": "high=de,en;low=ja", "lora_rank": "de=1,en=2,ja=5"}
+    before = adapter_files.model(**langs)
+    model = adapter_files.model(lora_rank="de=1,en=2,fr=5,ja=5", seed=2)
+    model.added, model.init_from = ("fr",), {"fr": "ja"}
+    model.load_state_dict(before.state_dict())
+    for stack in ("encoder", "decoder"):
+        for here, there in zip(*(getattr(m, stack).layers for m in (model, before))):
+            for name in ("source_adapters", "target_adapters"):
+                ours, theirs = (getattr(layer, name, None) for layer in (here, there))
+                if ours is None:
+                    continue
+                for number, code in enumerate(("de", "en", "fr", "ja")):
+                    other = before.languages.index(code if code != "fr" else "ja")
+                    assert torch.equal(ours.weight(number), theirs.weight(other))
+                    mask = ours.mask[ours.rows(number)]
+                    if code == "fr":  # its own is free
+                        assert mask.all() and not theirs.mask[theirs.rows(other)].all()
+                    else:
+                        assert torch.equal(mask, theirs.mask[theirs.rows(other)])
+    model.added = ()
+    with pytest.raises(UserError, match="has adapters of de, en, ja, this model of de, en, fr, ja"):
+        model.load_state_dict(before.state_dict())
