@@ -72,7 +72,7 @@ class Light:
                 )
         self._about = {
             "path": os.path.abspath(self.path),
-            "fingerprint": fingerprint.of_base(self._weights, lines),
+            "fingerprint": fingerprint.of_base(self._weights, lines, exact=True),
             "lines": lines,
             "taken": taken,
         }
@@ -111,10 +111,10 @@ def completed(content, path):
 
     base = find(about, path)
     weights = read_file(base)["model"]
-    if fingerprint.of_base(weights, about["lines"]) != about["fingerprint"]:
+    if fingerprint.of_base(weights, about["lines"], exact=True) != about["fingerprint"]:
         raise ConfigError(
-            f"{path} leaves its base model out, and {base} is another one: name it with "
-            f"--lora-base, or bring it back to {about['path']}"
+            f"{path} leaves its base model out, and {base} is another one, or a copy in another "
+            f"precision: name it with --lora-base, or bring it back to {about['path']}"
         )
     model, whole = dict(content["model"]), {}
     for key, (source, rows, dtype) in about["taken"].items():

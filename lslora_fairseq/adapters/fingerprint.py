@@ -11,10 +11,12 @@ from lslora_fairseq.keys import EMBEDDINGS, is_adapter_key
 _PARAMETER = re.compile(r"(encoder|decoder)\.(.+\.)?(weight|bias)")
 
 
-def fingerprint(tensors):
+def fingerprint(tensors, exact=False):
     """Of named tensors, whatever their order.
 
-    Values are rounded to fp16, so that a copy in half precision is the same.
+    Args:
+        exact: to the last bit; otherwise values are rounded to fp16, so that a copy in half
+            precision is the same
 
     Returns:
         64 hexadecimal digits
@@ -22,12 +24,16 @@ def fingerprint(tensors):
     found = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         found.update(f"{name} {list(tensor.shape)}\n".encode())
+        if exact:
+            found.update(f"{tensor.dtype}\n".encode())
         if tensor.numel():
-            found.update(tensor.detach().cpu().half().contiguous().numpy())
+            values = tensor.detach().cpu()
+            values = values.contiguous().view(torch.uint8) if exact else values.half().contiguous()
+            found.update(values.numpy())
     return found.hexdigest()
 
 
-def of_base(weights, lines):
+def of_base(weights, lines, exact=False):
     """The :func:`fingerprint` of a base model.
 
     Adapters are passed over, and so are the rows of the embeddings beyond the dictionary file's:
@@ -36,6 +42,7 @@ def of_base(weights, lines):
     Args:
         weights: a state dict, with adapters or without
         lines: symbols of the dictionary file, specials included
+        exact: to the last bit
     """
     base = {
         key: weight
@@ -47,4 +54,4 @@ def of_base(weights, lines):
         rows = weights[key][:lines] if key in weights else None
         if rows is not None and not any(torch.equal(rows, other) for other in embeddings.values()):
             embeddings[key] = rows
-    return fingerprint({**base, **embeddings})
+    return fingerprint({**base, **embeddings}, exact)

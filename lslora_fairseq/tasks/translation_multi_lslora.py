@@ -138,9 +138,9 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
         refuse_processes(args, get_global_world_size())
         args.lora_adapters = assembly = None
         path, is_fresh = options.chosen_start(args)
-        base = options.base_left_out(args)
-        if base is not None:
-            self.light = Light(base)
+        left_out = options.base_left_out(args)
+        if left_out is not None:
+            self.light = Light(left_out)
         if path is None:
             if self.places:
                 raise ConfigError(

@@ -113,10 +113,13 @@ def test_a_base_that_was_moved(corpus, runs, tmp_path):
     shutil.copy(corpus.base, tmp_path / "base.pt")
     assert hypotheses(corpus, path) == expected
     other = torch.load(corpus.base)
-    other["model"]["decoder.layers.1.fc2.bias"] += 1
-    torch.save(other, tmp_path / "base.pt")
-    told = f"{path} leaves its base model out, and {tmp_path}/base.pt is another one: name it with"
-    refused("fairseq-generate", generate_args(corpus, path, "en", "de"), told)
+    half = {**other, "model": {key: value.half() for key, value in other["model"].items()}}
+    bias = "decoder.layers.1.fc2.bias"
+    changed = {**other, "model": {**other["model"], bias: other["model"][bias] + 1}}
+    told = f"{path} leaves its base model out, and {tmp_path}/base.pt is another one, or a copy in"
+    for wrong in (half, changed):
+        torch.save(wrong, tmp_path / "base.pt")
+        refused("fairseq-generate", generate_args(corpus, path, "en", "de"), told)
     args = args_of(corpus, tmp_path / "run", "--lora-base", tmp_path / "base.pt")
     told = f"{tmp_path}/base.pt is not the base model of this run, decoder.layers.1.fc2.bias differ"
     refused("fairseq-train", args, told)
