@@ -5,8 +5,10 @@ so that an optimizer meets few tensors, and none of a language that is absent fr
 """
 
 import math
+from typing import NamedTuple, Optional
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
@@ -95,20 +97,25 @@ class LayerAdapters(nn.Module):
             missing.append(prefix + PRUNED)
         self.refresh_pruned()
 
-    def stack(self, present, dtype=None):
+    def stack(self, route, dtype=None, gathers=False):
         """The adapters of the languages present, one below the other; B times :meth:`share`.
 
         Args:
-            present: the batch's :class:`~lslora_fairseq.lora.routing.Present`
+            route: the batch's :class:`~lslora_fairseq.lora.routing.Route`; where each sentence has
+                rows of its own, a row of zeros comes last
             dtype: computes in this dtype; None for that of the parameters
+            gathers: looks up each sentence's rows here, for all linears of the layer at once
 
         Returns:
-            (rows, features) and its :class:`StackGradient`
+            (rows, features), or (batch, columns, features) of each sentence, and its
+            :class:`StackGradient`
         """
-        weights = [self.weight(language) for language in present.languages]
-        gradient = StackGradient(self, present.languages)
-        stack = _Stacked.apply(gradient, dtype or weights[0].dtype, self.share(), *weights)
-        return stack, gradient
+        languages = route.present.languages
+        weights = [self.weight(language) for language in languages]
+        gradient = StackGradient(self, languages)
+        rows = route.blocks[0].rows if gathers else None
+        options = (dtype or weights[0].dtype, self.share(), route.gathers, rows)
+        return _Stacked.apply(gradient, *options, *weights), gradient
 
     def pruned_rows(self, languages):
         """(rows, features) of their stack; True marks a pruned entry."""
@@ -134,7 +141,7 @@ class StackGradient:
 
         Args:
             modules: names of their sites' modules, the same ones together every time
-            stack: (rows, features) the stacked adapters
+            stack: the stacked adapters, as :meth:`LayerAdapters.stack` returns them
 
         Returns:
             :class:`ColumnGradient`
@@ -143,66 +150,63 @@ class StackGradient:
         new = task != self._task  # another backward pass starts afresh
         if new:
             self._task, self._written, self._buffer = task, set(), torch.empty_like(stack)
-        columns = [part for module in modules for part in self.adapters.columns[module]]
         is_written = self._written.issuperset(modules)
         self._written.update(modules)
-        return ColumnGradient(self._buffer, columns, is_written, self._buffer if new else None)
+        return ColumnGradient(self._buffer, float(is_written), self._buffer if new else None)
 
     def finish(self, grad):
-        """Zeroes what no linear wrote and what is pruned; lets go of the buffer."""
+        """Zeroes what no linear wrote; lets go of the buffer."""
         for module, columns in self.adapters.columns.items():
             if module not in self._written:
                 for part in columns:
-                    grad[:, part].zero_()
-        if self.adapters.is_pruned:
-            grad.masked_fill_(self.adapters.pruned_rows(self.languages), 0)
+                    grad[..., part].zero_()
         self._task = self._buffer = None
 
 
-class ColumnGradient:
+class ColumnGradient(NamedTuple):
     """Some linears' columns of a stack's gradient.
 
     Attributes:
-        buffer: (rows, features), the gradient of the whole stack
+        buffer: of the stack's shape, the gradient of the whole of it
         beta: 1.0 if the columns hold something to add to, else 0.0
         handed: what the linears' backward hands to autograd: the buffer, or None if another did
     """
 
-    def __init__(self, buffer, columns, is_written, handed):
-        self.buffer, self.beta, self.handed = buffer, float(is_written), handed
-        self._columns = columns
-
-    def start_from_zero(self):
-        """Makes the columns ready for sums; they are uninitialised at first."""
-        if not self.beta:
-            for part in self._columns:
-                self.buffer[:, part].zero_()
-            self.beta = 1.0
-
+    buffer: torch.Tensor
+    beta: float
+    handed: Optional[torch.Tensor]
 
 class _Stacked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gradient, dtype, share, *weights):
+    def forward(ctx, gradient, dtype, share, ends_with_zeros, rows, *weights):
         ctx.gradient, ctx.dtype = gradient, weights[0].dtype
         ctx.ranks = [w.size(0) for w in weights]
-        stack = torch.cat(weights)
-        ctx.is_shared = share is not None
+        zeros = [weights[0].new_zeros(1, weights[0].size(1))] if ends_with_zeros else []
+        stack = torch.cat([*weights, *zeros])
+        ctx.rows, ctx.is_shared = rows, share is not None
         if ctx.is_shared:
             ctx.save_for_backward(share, *weights)
             stack[:, gradient.adapters.width_A :] *= share
-        return stack.to(dtype)
+        stack = stack.to(dtype)
+        return stack if rows is None else F.embedding(rows, stack)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         ctx.gradient.finish(grad)
-        grad, d_share = grad.to(ctx.dtype), None
+        total, d_share = sum(ctx.ranks), None
+        if ctx.rows is not None:  # sums by row; those of the zeros are left out
+            grad = torch.ops.aten.embedding_dense_backward(grad, ctx.rows, total + 1, total, False)
+        grad = grad[:total].to(ctx.dtype)
+        adapters = ctx.gradient.adapters
+        if adapters.is_pruned:
+            grad.masked_fill_(adapters.pruned_rows(ctx.gradient.languages), 0)
         if ctx.is_shared:
             share, *weights = ctx.saved_tensors
-            B = slice(ctx.gradient.adapters.width_A, None)
+            B = slice(adapters.width_A, None)
             d_share = (grad[:, B] * torch.cat([w[:, B] for w in weights])).sum()
             grad[:, B] *= share
-        return None, None, d_share, *grad.split(ctx.ranks)
+        return None, None, d_share, None, None, *grad.split(ctx.ranks)
 
 
 class SideWeights(nn.Module):

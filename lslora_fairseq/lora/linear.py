@@ -114,7 +114,7 @@ def apply_linears(x, linears):
     x = x.contiguous()
     dtype = autocast_dtype(x.device.type)
     stacks = {
-        adapters: _stack(here, adapters, routes[side].present, dtype)
+        adapters: _stack(here, adapters, routes[side], dtype)
         for side, adapters in first.adapters.items()
     }
     if dtype is None and not torch.is_grad_enabled() and _is_short(routes.values()):
@@ -140,19 +140,21 @@ def _route(here, site, side):
     return route
 
 
-def _stack(here, adapters, present, dtype):
+def _stack(here, adapters, route, dtype):
     """Adapters of the languages present, stacked once per pass, or once per decoding."""
-    stacks = present.stacks
+    stacks = route.present.stacks
     if stacks is None or torch.is_grad_enabled():
         stacks = here.stacks
-    if adapters not in stacks:
-        stacks[adapters] = adapters.stack(present, dtype)
-    return stacks[adapters]
+    gathers = route.gathers and torch.is_grad_enabled()
+    key = adapters, route.sentences if gathers else None
+    if key not in stacks:
+        stacks[key] = adapters.stack(route, dtype, gathers)
+    return stacks[key]
 
 
 def _is_short(routes):
     """Whether this is a decoding step in which all sentences share one block."""
-    return all(route.present.stacks is not None and not route.blocks[0].gathers for route in routes)
+    return all(route.present.stacks is not None and not route.gathers for route in routes)
 
 
 def _decoded(x, linear, routes, stacks):
