@@ -1,16 +1,13 @@
-"""The adapters of all languages in one layer, and their gradients.
+"""The adapters of all languages in one layer.
 
 A language owns one matrix per layer and index side: the factors A and B of all sites side by side,
 so that an optimizer meets few tensors, and none of a language that is absent from the update.
 """
 
 import math
-from typing import NamedTuple, Optional
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from lslora_fairseq.lora.plan import SIDES, adapter_columns
 
@@ -97,116 +94,10 @@ class LayerAdapters(nn.Module):
             missing.append(prefix + PRUNED)
         self.refresh_pruned()
 
-    def stack(self, route, dtype=None, gathers=False):
-        """The adapters of the languages present, one below the other; B times :meth:`share`.
-
-        Args:
-            route: the batch's :class:`~lslora_fairseq.lora.routing.Route`; where each sentence has
-                rows of its own, a row of zeros comes last
-            dtype: computes in this dtype; None for that of the parameters
-            gathers: looks up each sentence's rows here, for all linears of the layer at once
-
-        Returns:
-            (rows, features), or (batch, columns, features) of each sentence, and its
-            :class:`StackGradient`
-        """
-        languages = route.present.languages
-        weights = [self.weight(language) for language in languages]
-        gradient = StackGradient(self, languages)
-        rows = route.blocks[0].rows if gathers else None
-        options = (dtype or weights[0].dtype, self.share(), route.gathers, rows)
-        return _Stacked.apply(gradient, *options, *weights), gradient
-
     def pruned_rows(self, languages):
         """(rows, features) of their stack; True marks a pruned entry."""
         rows = self.mask.split(self.ranks)
         return torch.cat([rows[language] for language in languages]).logical_not_()
-
-
-class StackGradient:
-    """The gradient of a layer's stacked adapters, gathered in one buffer.
-
-    Autograd would add up a full-size gradient from each linear of the layer. Here the linear whose
-    backward comes first hands autograd the buffer, and each fills in its columns before the
-    stack's own backward, which waits for all of them, reads it.
-    """
-
-    def __init__(self, adapters, languages):
-        self.adapters, self.languages = adapters, languages
-        self._task = self._buffer = None
-        self._written = set()
-
-    def columns(self, modules, stack):
-        """Where linears write their columns.
-
-        Args:
-            modules: names of their sites' modules, the same ones together every time
-            stack: the stacked adapters, as :meth:`LayerAdapters.stack` returns them
-
-        Returns:
-            :class:`ColumnGradient`
-        """
-        task = torch._C._current_graph_task_id()
-        new = task != self._task  # another backward pass starts afresh
-        if new:
-            self._task, self._written, self._buffer = task, set(), torch.empty_like(stack)
-        is_written = self._written.issuperset(modules)
-        self._written.update(modules)
-        return ColumnGradient(self._buffer, float(is_written), self._buffer if new else None)
-
-    def finish(self, grad):
-        """Zeroes what no linear wrote; lets go of the buffer."""
-        for module, columns in self.adapters.columns.items():
-            if module not in self._written:
-                for part in columns:
-                    grad[..., part].zero_()
-        self._task = self._buffer = None
-
-
-class ColumnGradient(NamedTuple):
-    """Some linears' columns of a stack's gradient.
-
-    Attributes:
-        buffer: of the stack's shape, the gradient of the whole of it
-        beta: 1.0 if the columns hold something to add to, else 0.0
-        handed: what the linears' backward hands to autograd: the buffer, or None if another did
-    """
-
-    buffer: torch.Tensor
-    beta: float
-    handed: Optional[torch.Tensor]
-
-class _Stacked(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, gradient, dtype, share, ends_with_zeros, rows, *weights):
-        ctx.gradient, ctx.dtype = gradient, weights[0].dtype
-        ctx.ranks = [w.size(0) for w in weights]
-        zeros = [weights[0].new_zeros(1, weights[0].size(1))] if ends_with_zeros else []
-        stack = torch.cat([*weights, *zeros])
-        ctx.rows, ctx.is_shared = rows, share is not None
-        if ctx.is_shared:
-            ctx.save_for_backward(share, *weights)
-            stack[:, gradient.adapters.width_A :] *= share
-        stack = stack.to(dtype)
-        return stack if rows is None else F.embedding(rows, stack)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        ctx.gradient.finish(grad)
-        total, d_share = sum(ctx.ranks), None
-        if ctx.rows is not None:  # sums by row; those of the zeros are left out
-            grad = torch.ops.aten.embedding_dense_backward(grad, ctx.rows, total + 1, total, False)
-        grad = grad[:total].to(ctx.dtype)
-        adapters = ctx.gradient.adapters
-        if adapters.is_pruned:
-            grad.masked_fill_(adapters.pruned_rows(ctx.gradient.languages), 0)
-        if ctx.is_shared:
-            share, *weights = ctx.saved_tensors
-            B = slice(adapters.width_A, None)
-            d_share = (grad[:, B] * torch.cat([w[:, B] for w in weights])).sum()
-            grad[:, B] *= share
-        return None, None, d_share, None, None, *grad.split(ctx.ranks)
 
 
 class SideWeights(nn.Module):

@@ -23,128 +23,103 @@ class AdaptedLinears(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, z, gradients, blocks, modules, *tensors):
+    def forward(ctx, x, z, sides, modules, *tensors):
         """
         Args:
             x: (batch, time, in), contiguous
             z: the adapters' input where it differs from x (dropout), or None
-            gradients: for each index side, the
-                :class:`~lslora_fairseq.lora.adapters.StackGradient` of the layer's adapters
-            blocks: for each index side, the blocks of its route
+            sides: for each index side, the layer's
+                :class:`~lslora_fairseq.lora.stacked.StackedAdapters` and the blocks of its route
             modules: the site's module name of each linear, None where it has no adapters
-            tensors: for each index side, the layer's adapters: those of the languages present
-                (rows, features), or each sentence's own (batch, columns, features); then the
-                linears' weights, then their biases
+            tensors: those of the stacked adapters; then the linears' weights, then their biases
 
         Returns:
             (batch, time, out) of every linear
         """
-        ctx.gradients, ctx.blocks, ctx.modules = gradients, blocks, modules
-        stacks, tensors = tensors[: len(blocks)], tensors[len(blocks) :]
-        weights, biases = tensors[: len(modules)], tensors[len(modules) :]
+        ctx.sides, ctx.modules = sides, modules
+        weights = tensors[len(sides) : len(sides) + len(modules)]
+        biases = tensors[len(sides) + len(modules) :]
         outs = [_frozen_linear(x, weight, bias) for weight, bias in zip(weights, biases)]
         kept = []  # of each block, A and A x
-        for stack, gradient, side_blocks in zip(stacks, gradients, blocks):
-            adapted, columns = _adapted(gradient.adapters, modules)
-            ys = [outs[i] for i in adapted]
-            kept += _add_adapted(ys, x if z is None else z, stack, columns, side_blocks)
-        ctx.save_for_backward(x, z, *stacks, *weights, *kept)
+        for stacked, blocks in sides:
+            adapted = {m: y for m, y in zip(modules, outs) if m is not None}
+            kept += _add_adapted(adapted, x if z is None else z, stacked, blocks)
+        ctx.save_for_backward(x, z, *weights, *kept)
         return tuple(outs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *dys):
         x, z, *tensors = ctx.saved_tensors
-        stacks, tensors = tensors[: len(ctx.blocks)], tensors[len(ctx.blocks) :]
         weights, kept = tensors[: len(ctx.modules)], iter(tensors[len(ctx.modules) :])
         dys = [dy.contiguous() for dy in dys]
         dx = _frozen_backward(dys, weights) if ctx.needs_input_grad[0] else None
         dz = dx if z is None else torch.zeros_like(z)
-        inputs, handed = x if z is None else z, []
-        are_trained = ctx.needs_input_grad[5 : 5 + len(stacks)]
-        for stack, gradient, blocks, is_trained in zip(
-            stacks, ctx.gradients, ctx.blocks, are_trained
-        ):
-            adapted, columns = _adapted(gradient.adapters, ctx.modules)
-            part = None
-            if is_trained:
-                part = gradient.columns([ctx.modules[i] for i in adapted], stack)
+        adapted = {m: dy for m, dy in zip(ctx.modules, dys) if m is not None}
+        handed = []
+        for (stacked, blocks), is_trained in zip(ctx.sides, ctx.needs_input_grad[4:]):
+            handed.append(stacked.start_gradient() if is_trained else None)
             side_kept = [(next(kept), next(kept)) for _ in blocks]
-            d_adapted = [dys[i] for i in adapted]
-            _adapted_backward(d_adapted, dz, inputs, side_kept, stack, part, columns, blocks)
-            handed.append(part and part.handed)
+            inputs = x if z is None else z
+            _adapted_backward(adapted, dz, inputs, side_kept, stacked, blocks, is_trained)
         dz = None if dz is dx else dz
-        return dx, dz, None, None, None, *handed, *[None] * (2 * len(weights))
+        return dx, dz, None, None, *handed, *[None] * (2 * len(weights))
 
 
-def _add_adapted(ys, z, stack, columns, blocks):
+def _add_adapted(ys, z, stacked, blocks):
     """Adds one side's adapters to the outputs of the linears, in place.
 
     Args:
-        ys: (batch, time, out) of each linear
+        ys: module name of a site -> (batch, time, out) of its linear
         z: (batch, time, in) the adapters' input
-        stack: the adapters, as :class:`AdaptedLinears` takes them
-        columns: those of A and of B of each linear
-        blocks: the blocks of the route
 
     Returns:
         of each block in turn, A of all linears side by side and its product with z, scaled
     """
+    factors = [stacked.factors(module, blocks) for module in ys]
+    z_parts = _sentences(z, factors[0][0], blocks)
+    y_parts = [_sentences(y, B, blocks) for y, (_, B) in zip(ys.values(), factors)]
     kept = []
-    for block, z_part, As, Bs, y_parts in zip(
-        blocks,
-        _sentences(z, columns[0][0], blocks),
-        zip(*(_factors(stack, a, blocks) for a, _ in columns)),
-        zip(*(_factors(stack, b, blocks) for _, b in columns)),
-        zip(*(_sentences(y, b, blocks) for y, (_, b) in zip(ys, columns))),
-    ):
+    for number, block in enumerate(blocks):
+        As = [A[number] for A, _ in factors]
         A = As[0] if len(As) == 1 else torch.cat(As, -2)
-        h = _scaled(z_part @ A.mT, block)
-        for y, part, B in zip(y_parts, h.chunk(len(y_parts), -1), Bs):
-            _add_product(y, part, B)
+        h = _scaled(_times_transposed(z_parts[number], A), block)
+        for y, part, (_, B) in zip(y_parts, _parts(h, len(As)), factors):
+            _add_product(y[number], part, B[number])
         kept += A, h
     return kept
 
 
-def _adapted_backward(dys, dz, z, kept, stack, gradient, columns, blocks):
-    """The backward pass of :func:`_add_adapted`; adds to *dz*, unless it is None, in place.
+def _adapted_backward(dys, dz, z, kept, stacked, blocks, is_trained):
+    """The backward pass of :func:`_add_adapted`; adds to *dz*, unless it is None, in place, and to
+    the gradients of the adapters if they are trained.
 
     Args:
         kept: of each block, what :func:`_add_adapted` returned
-        gradient: the :class:`~lslora_fairseq.lora.adapters.ColumnGradient` to fill in, or None
-            for adapters that are not trained
     """
-    if gradient is None:
-        dAs = dBs = [()] * len(blocks)
-    else:
-        dAs = zip(*(_factors(gradient.buffer, a, blocks) for a, _ in columns))
-        dBs = zip(*(_factors(gradient.buffer, b, blocks) for _, b in columns))
-    for block, (A, h), z_part, Bs, dy_parts, dz_part, block_dAs, block_dBs in zip(
-        blocks,
-        kept,
-        _sentences(z, columns[0][0], blocks),
-        zip(*(_factors(stack, b, blocks) for _, b in columns)),
-        zip(*(_sentences(dy, b, blocks) for dy, (_, b) in zip(dys, columns))),
-        blocks if dz is None else _sentences(dz, columns[0][0], blocks),
-        dAs,
-        dBs,
-    ):
-        dh = torch.empty_like(h)
-        for part, dy, B in zip(dh.chunk(len(Bs), -1), dy_parts, Bs):
-            torch.matmul(dy, B.mT, out=part)
+    factors = [stacked.factors(module, blocks) for module in dys]
+    gradients = [stacked.gradients(module, blocks) for module in dys] if is_trained else ()
+    dy_parts = [_sentences(dy, B, blocks) for dy, (_, B) in zip(dys.values(), factors)]
+    z_parts = _sentences(z, factors[0][0], blocks)
+    dz_parts = None if dz is None else _sentences(dz, factors[0][0], blocks)
+    for number, (block, (A, h)) in enumerate(zip(blocks, kept)):
+        Bs, dy_of_block = [B[number] for _, B in factors], [dy[number] for dy in dy_parts]
+        if len(Bs) == 1:
+            dh = _times_transposed(dy_of_block[0], Bs[0])
+            dh_parts = (dh,)
+        else:
+            dh = torch.empty_like(h)
+            dh_parts = _parts(dh, len(Bs))
+            for part, dy, B in zip(dh_parts, dy_of_block, Bs):
+                torch.matmul(dy, B.mT, out=part)
         _scaled(dh, block)
-        for dB, part, dy in zip(block_dBs, h.chunk(len(Bs), -1), dy_parts):
-            _add_product(dB, part.mT, dy, gradient.beta)
-        for dA, part in zip(block_dAs, dh.chunk(len(Bs), -1)):
-            _add_product(dA, part.mT, z_part, gradient.beta)
+        for (dA, dB, beta), dh_part, h_part, dy in zip(
+            gradients, dh_parts, _parts(h, len(Bs)), dy_of_block
+        ):
+            _add_product(dB[number], h_part.mT, dy, beta)
+            _add_product(dA[number], dh_part.mT, z_parts[number], beta)
         if dz is not None:
-            _add_product(dz_part, dh, A)
-
-
-def _adapted(adapters, modules):
-    """The numbers of the linears that have adapters, and their columns of the layer's."""
-    adapted = [i for i, module in enumerate(modules) if module is not None]
-    return adapted, [adapters.columns[modules[i]] for i in adapted]
+            _add_product(dz_parts[number], dh, A)
 
 
 def _frozen_linear(x, weight, bias):
@@ -162,34 +137,39 @@ def _frozen_backward(dys, weights):
     return dx
 
 
-def _sentences(x, columns, blocks):
-    """For each block, its sentences and the features that a factor of the adapters sees.
+def _sentences(x, factors, blocks):
+    """For each block, its sentences and the features that its factor of the adapters sees.
 
     Returns:
         (sentences · time, features) views, or (sentences, time, features) for a block that gathers
     """
-    x = x[..., : columns.stop - columns.start]
+    features = factors[0].size(-1)
+    if features < x.size(-1):
+        x = x[..., :features]
     if blocks[0].gathers:
         return (x,)
-    return x.flatten(0, 1).split_with_sizes([(b.stop - b.start) * x.size(1) for b in blocks])
+    flat = x.flatten(0, 1)
+    if len(blocks) == 1:
+        return (flat,)
+    return flat.split_with_sizes([(b.stop - b.start) * x.size(1) for b in blocks])
 
 
-def _factors(stack, columns, blocks):
-    """For each block, a factor: (columns, features), or (sentences, columns, features) for a
-    block that gathers; views but where it gathers only here."""
-    part = stack[..., columns]
-    if blocks[0].gathers:
-        return (part if part.dim() == 3 else F.embedding(blocks[0].rows, part),)
-    return part.split_with_sizes([b.rows.stop - b.rows.start for b in blocks])
+def _parts(h, linears):
+    """The columns of each linear."""
+    return (h,) if linears == 1 else h.chunk(linears, -1)
 
 
 def _scaled(h, block):
     """Multiplies h, (…, linears · columns), by the block's scaling, in place."""
     if block.scaling is not None:
-        scaling = block.scaling.to(h.dtype).unsqueeze(2)
-        linears = h.size(-1) // scaling.size(-1)
-        h.view(scaling.size(0), -1, linears, scaling.size(-1)).mul_(scaling)
+        sentences, _, columns = block.scaling.shape
+        h.view(sentences, -1, h.size(-1) // columns, columns).mul_(block.scaling.unsqueeze(2))
     return h
+
+
+def _times_transposed(a, b):
+    """a bᵀ, batched where b is."""
+    return F.linear(a, b) if b.dim() == 2 else torch.bmm(a, b.mT)
 
 
 def _add_product(out, a, b, beta=1.0):
@@ -204,15 +184,15 @@ def decoding_step(x, weight, bias, adapters):
     Args:
         x: (batch, time, in)
         weight, bias: the frozen linear's
-        adapters: for each index side, the stacked adapters (rows, features), the columns of A and
-            of B in them, and the block's scaling
+        adapters: for each index side, A (columns, in) and B (columns, out) of the languages
+            present, and the block's scaling
 
     Returns:
         (batch, time, out)
     """
     y = F.linear(x, weight, bias)
-    for stack, (a, b), scaling in adapters:
-        h = F.linear(x[..., : a.stop - a.start], stack[:, a])
+    for A, B, scaling in adapters:
+        h = F.linear(x[..., : A.size(1)], A)
         h = h if scaling is None else h.mul_(scaling)
-        y[..., : b.stop - b.start].flatten(0, 1).addmm_(h.flatten(0, 1), stack[:, b])
+        y[..., : B.size(1)].flatten(0, 1).addmm_(h.flatten(0, 1), B)
     return y

@@ -4,9 +4,10 @@ import pytest
 import torch
 from toy import ALL_CODES, Work, adapters, batch, build, set_adapters
 
-from lslora_fairseq.lora.adapters import Adapter, StackGradient
+from lslora_fairseq.lora.adapters import Adapter
 from lslora_fairseq.lora.plan import SHARED
 from lslora_fairseq.lora.routing import AdapterLayout, Present
+from lslora_fairseq.lora.stacked import StackedAdapters
 
 PAIRS = [(0, 1), (3, 2), (1, 0), (0, 1)]
 FROZEN = {"lora_shared_rank": 3, "lora_shared_alpha": 6.0, "lora_train_languages": ALL_CODES}
@@ -40,13 +41,13 @@ def test_frozen_they_pass_gradients_on_and_have_none(options):
 
 def test_frozen_they_take_no_part_in_the_backward_pass(monkeypatch):
     """But for what they hand to the layers below: no gradient of theirs is computed."""
-    filled, columns = [], StackGradient.columns
+    filled, gradients = [], StackedAdapters.gradients
 
     def watched(self, *args):
-        filled.append(self.adapters.side)
-        return columns(self, *args)
+        filled.append(self._adapters.side)
+        return gradients(self, *args)
 
-    monkeypatch.setattr(StackGradient, "columns", watched)
+    monkeypatch.setattr(StackedAdapters, "gradients", watched)
     products = []
     for model in frozen_beside_trained():
         filled.clear()
