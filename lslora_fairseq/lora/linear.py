@@ -9,6 +9,7 @@ from torch import nn
 
 from lslora_fairseq.lora.formulations import AdaptedLinears, decoding_step
 from lslora_fairseq.lora.merge import delta_weight
+from lslora_fairseq.lora.plan import SHARED
 from lslora_fairseq.lora.routing import current_pass
 from lslora_fairseq.lora.stacked import stack
 
@@ -110,8 +111,8 @@ def apply_linears(x, linears):
     first = adapted[0]
     here, dtype = current_pass(), autocast_dtype(x.device.type)
     sides = []
-    for side, adapters in first.adapters.items():
-        route = _route(here, first.site, side).without_beams(x.size(0))
+    for adapters, route in _stacks(here, first):
+        route = route.without_beams(x.size(0))
         sides.append((*_stacked(here, adapters, route, dtype), route.blocks))
     x = x.contiguous()
     if dtype is None and not torch.is_grad_enabled() and _is_short(sides, here):
@@ -125,6 +126,28 @@ def apply_linears(x, linears):
     stacks = [tensor for tensor, _, _ in sides]
     sides = [side[1:] for side in sides]
     return AdaptedLinears.apply(x, z, sides, modules, *stacks, *tensors)
+
+
+def _stacks(here, linear):
+    """What is stacked together: tuples of :class:`~lslora_fairseq.lora.adapters.LayerAdapters`,
+    and the route of each."""
+    shared, found = linear.adapters.get(SHARED), []
+    for side, adapters in linear.adapters.items():
+        route = _route(here, linear.site, side)
+        if side == SHARED:
+            continue
+        if route.joined is not None and shared is not None and _can_join(adapters, shared):
+            found.append(((adapters, shared), route.joined))
+            shared = None
+        else:
+            found.append(((adapters,), route))
+    return found if shared is None else [*found, ((shared,), here.routes[SHARED])]
+
+
+def _can_join(adapters, shared):
+    """Whether the adapters that all languages share have the same sites and part in training."""
+    are_alike = adapters.share() is None and adapters.columns == shared.columns
+    return are_alike and (shared.weight(0).requires_grad or not torch.is_grad_enabled())
 
 
 def _route(here, site, side):
@@ -145,7 +168,7 @@ def _stacked(here, adapters, route, dtype):
     gathers = route.gathers and is_grad_enabled
     key = adapters, route.sentences if gathers else None
     if key not in stacks:
-        stacks[key] = stack([adapters], route, dtype, gathers)
+        stacks[key] = stack(adapters, route, dtype, gathers)
     return stacks[key]
 
 

@@ -201,10 +201,17 @@ class Present:
 
 
 class Route(NamedTuple):
-    """Which adapters each sentence of a batch uses, on one index side."""
+    """Which adapters each sentence of a batch uses, on one index side.
+
+    Attributes:
+        present: the languages of the batch
+        blocks: one :class:`Block` or several
+        joined: None, or the route of stacks that end with the adapters that all languages share
+    """
 
     present: Present
     blocks: tuple
+    joined: Optional["Route"] = None
 
     @property
     def gathers(self):
@@ -215,6 +222,31 @@ class Route(NamedTuple):
     def sentences(self):
         """Their number."""
         return self.blocks[-1].stop
+
+    def join(self, shared):
+        """Takes the adapters that all languages share into the one block of this route, where it
+        has one and they are few: one product then serves both.
+
+        Args:
+            shared: the route of these adapters
+
+        Returns:
+            the route with :attr:`joined`
+        """
+        total, costs = sum(self.present.ranks), self.present.costs
+        columns = total + sum(shared.present.ranks)
+        if len(self.blocks) > 1 or self.gathers or columns > costs.unsorted_columns:
+            return self
+        (block,), (theirs,) = self.blocks, shared.blocks
+        scaling = None
+        if block.scaling is not None or theirs.scaling is not None:
+            parts = [
+                _columns(block.scaling, self.present, block.stop, total),
+                _columns(theirs.scaling, shared.present, block.stop, columns - total),
+            ]
+            scaling = torch.cat(parts, -1)
+        joined = block._replace(rows=slice(0, columns), scaling=scaling)
+        return self._replace(joined=Route(self.present, (joined,)))
 
     def without_beams(self, batch):
         """The route of a batch from which the beam's copies of a sentence have been dropped.
@@ -231,7 +263,15 @@ class Route(NamedTuple):
         (block,) = self.blocks
         rows = block.rows[::step] if block.gathers else block.rows
         scaling = None if block.scaling is None else block.scaling[::step]
-        return Route(self.present, (Block(0, batch, rows, scaling),))
+        joined = self.joined and self.joined.without_beams(batch)
+        return Route(self.present, (Block(0, batch, rows, scaling),), joined)
+
+
+def _columns(scaling, present, sentences, columns):
+    """(sentences, 1, columns) of a block's scaling."""
+    if scaling is None:
+        scaling = present.layout.scaling.new_ones(1, 1, 1)
+    return scaling.expand(sentences, 1, columns)
 
 
 class LayerPass(NamedTuple):

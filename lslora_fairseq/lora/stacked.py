@@ -14,9 +14,8 @@ def stack(adapters, route, dtype=None, gathers=False):
     """Stacks the adapters of the languages present; B is multiplied by the layer's share of it.
 
     Args:
-        adapters: list of :class:`~lslora_fairseq.lora.adapters.LayerAdapters` of a layer, which
-            are stacked together; the first is that of the route's languages, any other of one
-            language alone
+        adapters: the layer's :class:`~lslora_fairseq.lora.adapters.LayerAdapters` that the route
+            indexes, and those that all languages share where the route has joined them
         route: the batch's :class:`~lslora_fairseq.lora.routing.Route`
         dtype: what is computed in; None for that of the parameters
         gathers: looks up each sentence's own rows here, for all linears of the layer at once
@@ -25,13 +24,11 @@ def stack(adapters, route, dtype=None, gathers=False):
         (rows, features), where zeros come last if sentences have rows of their own, or, gathered,
         (batch, columns, features); and its :class:`StackedAdapters`
     """
-    own, *others = adapters
-    languages = route.present.languages
-    weights = [own.weight(language) for language in languages]
-    weights += [other.weight(0) for other in others]
-    stacked = StackedAdapters(own, languages)
+    languages = [route.present.languages, *((0,) for _ in adapters[1:])]
+    weights = [own.weight(la) for own, of in zip(adapters, languages) for la in of]
+    stacked = StackedAdapters(adapters, languages)
     rows = route.blocks[0].rows if gathers else None
-    options = (dtype or weights[0].dtype, own.share(), route.gathers, rows)
+    options = (dtype or weights[0].dtype, adapters[0].share(), route.gathers, rows)
     tensor = _Stacked.apply(stacked, *options, *weights)
     stacked.tensor = tensor.detach()  # without its graph, which refers to this object
     return tensor, stacked
@@ -41,15 +38,15 @@ class StackedAdapters:
     """What the linears of a layer find in a stack, and where they write its gradient.
 
     Args:
-        adapters: the layer's adapters that the route's languages index
-        languages: these languages
+        adapters: whose rows are stacked, one or two
+        languages: of each, the languages that are
     """
 
     tensor = None
 
     def __init__(self, adapters, languages):
-        self.columns, self.width_A = adapters.columns, adapters.width_A
-        self._adapters, self._languages = adapters, languages
+        self.adapters, self._languages = adapters, languages
+        self.columns, self.width_A = adapters[0].columns, adapters[0].width_A
         self._factors = {}
         # of the backward pass
         self._task = self._buffer = self._gradients = None
@@ -118,9 +115,12 @@ class StackedAdapters:
         Args:
             grad: (rows, features), without the row of zeros
         """
-        if self._adapters.is_pruned:
-            pruned = self._adapters.pruned_rows(self._languages)
-            grad[: len(pruned)].masked_fill_(pruned, 0)
+        start = 0
+        for adapters, languages in zip(self.adapters, self._languages):
+            stop = start + sum(adapters.ranks[language] for language in languages)
+            if adapters.is_pruned:
+                grad[start:stop].masked_fill_(adapters.pruned_rows(languages), 0)
+            start = stop
 
 
 class _Stacked(torch.autograd.Function):

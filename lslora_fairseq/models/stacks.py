@@ -93,11 +93,17 @@ class _RoutedStack:
             present: side -> :class:`Present`, of which the ids are
             sorted_time: if the sentences are sorted by :meth:`order`, their number of tokens
         """
-        return {
+        routes = {
             side: languages.sorted(ids[side], sorted_time)
             if sorted_time and side == self.sorted_side
             else languages.unsorted(ids[side])
             for side, languages in present.items()
+        }
+        shared = routes.get(SHARED)
+        if shared is None:
+            return routes
+        return {
+            side: route if side == SHARED else route.join(shared) for side, route in routes.items()
         }
 
     def routed(self, *sentences):

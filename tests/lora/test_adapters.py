@@ -51,7 +51,7 @@ def test_the_stack_holds_the_languages_present_alone():
     adapters, layout = make(), AdapterLayout(RANKS, RANKS)
     for ids, languages in (([2, 0, 2], [0, 2]), ([1], [1])):
         ids = torch.tensor(ids)
-        tensor, _ = stack([adapters], Present(layout, ids).unsorted(ids))
+        tensor, _ = stack((adapters,), Present(layout, ids).unsorted(ids))
         assert torch.equal(tensor, torch.cat([adapters.weight(i) for i in languages]))
 
 
