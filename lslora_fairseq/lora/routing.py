@@ -224,8 +224,8 @@ class Route(NamedTuple):
         return self.blocks[-1].stop
 
     def join(self, shared):
-        """Takes the adapters that all languages share into the one block of this route, where it
-        has one and they are few: one product then serves both.
+        """Takes the adapters that all languages share, which every token needs, into the one block
+        of this route, where it has one: the same products then serve both.
 
         Args:
             shared: the route of these adapters
@@ -233,10 +233,10 @@ class Route(NamedTuple):
         Returns:
             the route with :attr:`joined`
         """
-        total, costs = sum(self.present.ranks), self.present.costs
-        columns = total + sum(shared.present.ranks)
-        if len(self.blocks) > 1 or self.gathers or columns > costs.unsorted_columns:
+        if len(self.blocks) > 1 or self.gathers:
             return self
+        total = sum(self.present.ranks)
+        columns = total + sum(shared.present.ranks)
         (block,), (theirs,) = self.blocks, shared.blocks
         scaling = None
         if block.scaling is not None or theirs.scaling is not None:
