@@ -16,21 +16,23 @@ from torch.autograd.function import once_differentiable
 from lslora_fairseq.lora.linear import autocast_dtype
 
 # Bytes of the buffer. They bound what the loss takes whatever the number of words, while the fewer
-# these are, the more tokens a piece has, and the less often the weights are read.
-BUFFER = 2**28
+# these are, the more tokens a piece has, and the less often the weights are read. On a GPU what the
+# host has to call for each piece counts, too.
+BUFFER = {"cpu": 2**28, "cuda": 2**30}
 # Half precision: dz is multiplied by this before the products. The share of one smoothed word, 4e-7
 # of 256,000 words, then keeps its digits in fp16, and what is summed stays far below its 65,504.
 HALF_SCALE = 128
 
 
-def pieces(tokens, words, dtype):
+def pieces(tokens, words, dtype, device):
     """In how many pieces so many tokens are taken, and the bytes of one of them.
 
     Args:
         dtype: what products are computed in
+        device: its type
     """
     of_token = words * (dtype.itemsize + (4 if dtype.itemsize < 4 else 0))  # the softmax is in fp32
-    number = -(-tokens * of_token // BUFFER)
+    number = -(-tokens * of_token // BUFFER.get(device, BUFFER["cuda"]))
     return number, -(-tokens // number) * of_token
 
 
@@ -107,7 +109,7 @@ def _in_pieces(
     hits = rows.new_zeros(())
     dx = torch.zeros_like(x, dtype=wide) if wants_x else None
     dA, dB = (torch.zeros_like(w, dtype=wide) if wants_adapter else None for w in (A, B))
-    number, _ = pieces(len(rows), words, dtype)
+    number, _ = pieces(len(rows), words, dtype, x.device.type)
     buffer = None
     for piece, gold in zip(rows.tensor_split(number), target.unsqueeze(1).tensor_split(number)):
         counts = gold.ne(padding_idx)

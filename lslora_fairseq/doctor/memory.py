@@ -85,9 +85,9 @@ def estimate(shape, precision, max_tokens, checkpointed=False, process=None, in_
         kept, logits, more = kept + CPU_LAYERS * decoder, CPU_LOGIT_BYTES, {"process": process}
     distribution = logits[precision] * shape.rows * max_tokens
     if in_pieces:
-        _, distribution = pieces(
-            max_tokens, shape.rows, torch.float if precision == "fp32" else torch.half
-        )
+        dtype = torch.float if precision == "fp32" else torch.half
+        device = "cuda" if process is None else "cpu"
+        _, distribution = pieces(max_tokens, shape.rows, dtype, device)
     return {
         "base model": base * shape.base_parameters,
         "adapters": (weight + 1) * (entries + shape.kept_entries),  # and their masks

@@ -1,4 +1,4 @@
-"""The adapters of all languages in one layer, and their gradients.
+"""The adapters of all languages in one layer.
 
 A language owns one matrix per layer and index side: the factors A and B of all sites side by side,
 so that an optimizer meets few tensors, and none of a language that is absent from the update.
@@ -8,7 +8,6 @@ import math
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from lslora_fairseq.lora.plan import SIDES, adapter_columns
 
@@ -95,114 +94,10 @@ class LayerAdapters(nn.Module):
             missing.append(prefix + PRUNED)
         self.refresh_pruned()
 
-    def stack(self, present, dtype=None):
-        """The adapters of the languages present, one below the other; B times :meth:`share`.
-
-        Args:
-            present: the batch's :class:`~lslora_fairseq.lora.routing.Present`
-            dtype: computes in this dtype; None for that of the parameters
-
-        Returns:
-            (rows, features) and its :class:`StackGradient`
-        """
-        weights = [self.weight(language) for language in present.languages]
-        gradient = StackGradient(self, present.languages)
-        stack = _Stacked.apply(gradient, dtype or weights[0].dtype, self.share(), *weights)
-        return stack, gradient
-
     def pruned_rows(self, languages):
         """(rows, features) of their stack; True marks a pruned entry."""
         rows = self.mask.split(self.ranks)
         return torch.cat([rows[language] for language in languages]).logical_not_()
-
-
-class StackGradient:
-    """The gradient of a layer's stacked adapters, gathered in one buffer.
-
-    Autograd would add up a full-size gradient from each linear of the layer. Here the linear whose
-    backward comes first hands autograd the buffer, and each fills in its columns before the
-    stack's own backward, which waits for all of them, reads it.
-    """
-
-    def __init__(self, adapters, languages):
-        self.adapters, self.languages = adapters, languages
-        self._task = self._buffer = None
-        self._written = set()
-
-    def columns(self, modules, stack):
-        """Where linears write their columns.
-
-        Args:
-            modules: names of their sites' modules, the same ones together every time
-            stack: (rows, features) the stacked adapters
-
-        Returns:
-            :class:`ColumnGradient`
-        """
-        task = torch._C._current_graph_task_id()
-        new = task != self._task  # another backward pass starts afresh
-        if new:
-            self._task, self._written, self._buffer = task, set(), torch.empty_like(stack)
-        columns = [part for module in modules for part in self.adapters.columns[module]]
-        is_written = self._written.issuperset(modules)
-        self._written.update(modules)
-        return ColumnGradient(self._buffer, columns, is_written, self._buffer if new else None)
-
-    def finish(self, grad):
-        """Zeroes what no linear wrote and what is pruned; lets go of the buffer."""
-        for module, columns in self.adapters.columns.items():
-            if module not in self._written:
-                for part in columns:
-                    grad[:, part].zero_()
-        if self.adapters.is_pruned:
-            grad.masked_fill_(self.adapters.pruned_rows(self.languages), 0)
-        self._task = self._buffer = None
-
-
-class ColumnGradient:
-    """Some linears' columns of a stack's gradient.
-
-    Attributes:
-        buffer: (rows, features), the gradient of the whole stack
-        beta: 1.0 if the columns hold something to add to, else 0.0
-        handed: what the linears' backward hands to autograd: the buffer, or None if another did
-    """
-
-    def __init__(self, buffer, columns, is_written, handed):
-        self.buffer, self.beta, self.handed = buffer, float(is_written), handed
-        self._columns = columns
-
-    def start_from_zero(self):
-        """Makes the columns ready for sums; they are uninitialised at first."""
-        if not self.beta:
-            for part in self._columns:
-                self.buffer[:, part].zero_()
-            self.beta = 1.0
-
-
-class _Stacked(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, gradient, dtype, share, *weights):
-        ctx.gradient, ctx.dtype = gradient, weights[0].dtype
-        ctx.ranks = [w.size(0) for w in weights]
-        stack = torch.cat(weights)
-        ctx.is_shared = share is not None
-        if ctx.is_shared:
-            ctx.save_for_backward(share, *weights)
-            stack[:, gradient.adapters.width_A :] *= share
-        return stack.to(dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        ctx.gradient.finish(grad)
-        grad, d_share = grad.to(ctx.dtype), None
-        if ctx.is_shared:
-            share, *weights = ctx.saved_tensors
-            B = slice(ctx.gradient.adapters.width_A, None)
-            d_share = (grad[:, B] * torch.cat([w[:, B] for w in weights])).sum()
-            grad[:, B] *= share
-        return None, None, d_share, *grad.split(ctx.ranks)
 
 
 class SideWeights(nn.Module):

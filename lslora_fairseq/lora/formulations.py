@@ -19,142 +19,114 @@ from torch.autograd.function import once_differentiable
 class AdaptedLinears(torch.autograd.Function):
     """Frozen linears that read the same input, and the adapters of each sentence's language.
 
-    Of the adapters only the input is kept for the backward pass; A x is computed again.
+    The input is kept for the backward pass, and A x, which has few columns.
     """
 
     @staticmethod
-    def forward(ctx, x, z, gradients, blocks, modules, *tensors):
+    def forward(ctx, x, z, sides, modules, *tensors):
         """
         Args:
             x: (batch, time, in), contiguous
             z: the adapters' input where it differs from x (dropout), or None
-            gradients: for each index side, the
-                :class:`~lslora_fairseq.lora.adapters.StackGradient` of the layer's adapters
-            blocks: for each index side, the blocks of its route
+            sides: for each index side, the layer's
+                :class:`~lslora_fairseq.lora.stacked.StackedAdapters` and the blocks of its route
             modules: the site's module name of each linear, None where it has no adapters
-            tensors: for each index side (rows, features), the layer's adapters of the languages
-                present; then the linears' weights, then their biases
+            tensors: those of the stacked adapters; then the linears' weights, then their biases
 
         Returns:
             (batch, time, out) of every linear
         """
-        ctx.gradients, ctx.blocks, ctx.modules = gradients, blocks, modules
-        stacks, tensors = tensors[: len(blocks)], tensors[len(blocks) :]
-        weights, biases = tensors[: len(modules)], tensors[len(modules) :]
-        ctx.save_for_backward(x, z, *stacks, *weights)
+        ctx.sides, ctx.modules = sides, modules
+        weights = tensors[len(sides) : len(sides) + len(modules)]
+        biases = tensors[len(sides) + len(modules) :]
         outs = [_frozen_linear(x, weight, bias) for weight, bias in zip(weights, biases)]
-        for stack, gradient, side_blocks in zip(stacks, gradients, blocks):
-            adapted, columns = _adapted(gradient.adapters, modules)
-            ys = [outs[i] for i in adapted]
-            _add_adapted(ys, x if z is None else z, stack, columns, side_blocks)
+        kept = []  # of each block, A and A x
+        for stacked, blocks in sides:
+            adapted = {m: y for m, y in zip(modules, outs) if m is not None}
+            kept += _add_adapted(adapted, x if z is None else z, stacked, blocks)
+        ctx.save_for_backward(x, z, *weights, *kept)
         return tuple(outs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *dys):
         x, z, *tensors = ctx.saved_tensors
-        stacks, weights = tensors[: len(ctx.blocks)], tensors[len(ctx.blocks) :]
+        weights, kept = tensors[: len(ctx.modules)], iter(tensors[len(ctx.modules) :])
         dys = [dy.contiguous() for dy in dys]
         dx = _frozen_backward(dys, weights) if ctx.needs_input_grad[0] else None
         dz = dx if z is None else torch.zeros_like(z)
+        adapted = {m: dy for m, dy in zip(ctx.modules, dys) if m is not None}
         handed = []
-        are_trained = ctx.needs_input_grad[5 : 5 + len(stacks)]
-        for stack, gradient, blocks, is_trained in zip(
-            stacks, ctx.gradients, ctx.blocks, are_trained
-        ):
-            adapted, columns = _adapted(gradient.adapters, ctx.modules)
-            d_adapted = [dys[i] for i in adapted]
-            if not is_trained:
-                if dz is not None:
-                    _frozen_adapted_backward(d_adapted, dz, stack, columns, blocks)
-                handed.append(None)
-                continue
-            part = gradient.columns([ctx.modules[i] for i in adapted], stack)
-            _adapted_backward(d_adapted, dz, x if z is None else z, stack, part, columns, blocks)
-            handed.append(part.handed)
+        for (stacked, blocks), is_trained in zip(ctx.sides, ctx.needs_input_grad[4:]):
+            handed.append(stacked.start_gradient() if is_trained else None)
+            side_kept = [(next(kept), next(kept)) for _ in blocks]
+            inputs = x if z is None else z
+            _adapted_backward(adapted, dz, inputs, side_kept, stacked, blocks, is_trained)
         dz = None if dz is dx else dz
-        return dx, dz, None, None, None, *handed, *[None] * (2 * len(weights))
+        return dx, dz, None, None, *handed, *[None] * (2 * len(weights))
 
 
-def _add_adapted(ys, z, stack, columns, blocks):
+def _add_adapted(ys, z, stacked, blocks):
     """Adds one side's adapters to the outputs of the linears, in place.
 
     Args:
-        ys: (batch, time, out) of each linear
+        ys: module name of a site -> (batch, time, out) of its linear
         z: (batch, time, in) the adapters' input
-        stack: (rows, features) the adapters of the languages present
-        columns: those of A and of B of each linear
-        blocks: the blocks of the route
+
+    Returns:
+        of each block in turn, A of all linears side by side and its product with z, scaled
     """
-    for block, z_part, As, Bs, y_parts in zip(
-        blocks,
-        _sentences(z, columns[0][0], blocks),
-        zip(*(_rows(stack, a, blocks) for a, _ in columns)),
-        zip(*(_rows(stack, b, blocks) for _, b in columns)),
-        zip(*(_sentences(y, b, blocks) for y, (_, b) in zip(ys, columns))),
-    ):
-        h = _scaled(z_part @ _side_by_side(As, -2).mT, block)
-        for y, part, B in zip(y_parts, h.chunk(len(y_parts), -1), Bs):
-            _add_product(y, part, B)
+    factors = [stacked.factors(module, blocks) for module in ys]
+    z_parts = _sentences(z, factors[0][0], blocks)
+    y_parts = [_sentences(y, B, blocks) for y, (_, B) in zip(ys.values(), factors)]
+    kept = []
+    for number, block in enumerate(blocks):
+        As = [A[number] for A, _ in factors]
+        A = As[0] if len(As) == 1 else torch.cat(As, -2)
+        h = _scaled(_times_transposed(z_parts[number], A), block)
+        for y, part, (_, B) in zip(y_parts, _parts(h, len(As)), factors):
+            _add_product(y[number], part, B[number])
+        kept += A, h
+    return kept
 
 
-def _adapted_backward(dys, dz, z, stack, gradient, columns, blocks):
-    """The backward pass of :func:`_add_adapted`; adds to *dz*, unless it is None, in place.
+def _adapted_backward(dys, dz, z, kept, stacked, blocks, is_trained):
+    """The backward pass of :func:`_add_adapted`; adds to *dz*, unless it is None, in place, and to
+    the gradients of the adapters if they are trained.
 
     Args:
-        gradient: the :class:`~lslora_fairseq.lora.adapters.ColumnGradient` to fill in
+        kept: of each block, what :func:`_add_adapted` returned
     """
-    if blocks[0].gathers:
-        gradient.start_from_zero()
-    for block, z_part, As, Bs, dy_parts, dz_part, dAs, dBs in zip(
-        blocks,
-        _sentences(z, columns[0][0], blocks),
-        zip(*(_rows(stack, a, blocks) for a, _ in columns)),
-        zip(*(_rows(stack, b, blocks) for _, b in columns)),
-        zip(*(_sentences(dy, b, blocks) for dy, (_, b) in zip(dys, columns))),
-        blocks if dz is None else _sentences(dz, columns[0][0], blocks),
-        zip(*(_own_rows(gradient.buffer, a, blocks) for a, _ in columns)),
-        zip(*(_own_rows(gradient.buffer, b, blocks) for _, b in columns)),
-    ):
-        A = _side_by_side(As, -2)
-        h = _scaled(z_part @ A.mT, block)
-        dh = _side_by_side([dy @ B.mT for dy, B in zip(dy_parts, Bs)], -1)
+    factors = [stacked.factors(module, blocks) for module in dys]
+    gradients = [stacked.gradients(module, blocks) for module in dys] if is_trained else ()
+    dy_parts = [_sentences(dy, B, blocks) for dy, (_, B) in zip(dys.values(), factors)]
+    z_parts = _sentences(z, factors[0][0], blocks)
+    dz_parts = None if dz is None else _sentences(dz, factors[0][0], blocks)
+    for number, (block, (A, h)) in enumerate(zip(blocks, kept)):
+        Bs, dy_of_block = [B[number] for _, B in factors], [dy[number] for dy in dy_parts]
+        if len(Bs) == 1:
+            dh = _times_transposed(dy_of_block[0], Bs[0])
+            dh_parts = (dh,)
+        else:
+            dh = torch.empty_like(h)
+            dh_parts = _parts(dh, len(Bs))
+            for part, dy, B in zip(dh_parts, dy_of_block, Bs):
+                torch.matmul(dy, B.mT, out=part)
         _scaled(dh, block)
-        for dB, part, dy in zip(dBs, h.chunk(len(dBs), -1), dy_parts):
-            _add_gradient(dB, part, dy, block, gradient.beta)
-        for dA, part in zip(dAs, dh.chunk(len(dAs), -1)):
-            _add_gradient(dA, part, z_part, block, gradient.beta)
+        for (dA, dB, beta), dh_part, h_part, dy in zip(
+            gradients, dh_parts, _parts(h, len(Bs)), dy_of_block
+        ):
+            _add_product(dB[number], h_part.mT, dy, beta)
+            _add_product(dA[number], dh_part.mT, z_parts[number], beta)
         if dz is not None:
-            _add_product(dz_part, dh, A)
-
-
-def _frozen_adapted_backward(dys, dz, stack, columns, blocks):
-    """The backward pass of :func:`_add_adapted` for adapters without a gradient of their own."""
-    for block, As, Bs, dy_parts, dz_part in zip(
-        blocks,
-        zip(*(_rows(stack, a, blocks) for a, _ in columns)),
-        zip(*(_rows(stack, b, blocks) for _, b in columns)),
-        zip(*(_sentences(dy, b, blocks) for dy, (_, b) in zip(dys, columns))),
-        _sentences(dz, columns[0][0], blocks),
-    ):
-        dh = _side_by_side([dy @ B.mT for dy, B in zip(dy_parts, Bs)], -1)
-        _add_product(dz_part, _scaled(dh, block), _side_by_side(As, -2))
-
-
-def _adapted(adapters, modules):
-    """The numbers of the linears that have adapters, and their columns of the layer's."""
-    adapted = [i for i, module in enumerate(modules) if module is not None]
-    return adapted, [adapters.columns[modules[i]] for i in adapted]
+            _add_product(dz_parts[number], dh, A)
 
 
 def _frozen_linear(x, weight, bias):
-    y = x.new_empty(*x.shape[:-1], weight.size(0))
-    flat_x, flat_y = x.flatten(0, 1), y.flatten(0, 1)
-    if bias is None:
-        torch.mm(flat_x, weight.t(), out=flat_y)
-    else:
-        torch.addmm(bias, flat_x, weight.t(), out=flat_y)
-    return y
+    """As ``F.linear``, whose result would be a view, which a caller could not change in place."""
+    flat = x.flatten(0, 1)
+    y = flat.mm(weight.t()) if bias is None else torch.addmm(bias, flat, weight.t())
+    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], -1))
 
 
 def _frozen_backward(dys, weights):
@@ -165,60 +137,44 @@ def _frozen_backward(dys, weights):
     return dx
 
 
-def _sentences(x, columns, blocks):
-    """For each block, its sentences and the features that a factor of the adapters sees.
+def _sentences(x, factors, blocks):
+    """For each block, its sentences and the features that its factor of the adapters sees.
 
     Returns:
         (sentences · time, features) views, or (sentences, time, features) for a block that gathers
     """
-    x = x[..., : columns.stop - columns.start]
+    features = factors[0].size(-1)
+    if features < x.size(-1):
+        x = x[..., :features]
     if blocks[0].gathers:
         return (x,)
-    return x.flatten(0, 1).split_with_sizes([(b.stop - b.start) * x.size(1) for b in blocks])
+    flat = x.flatten(0, 1)
+    if len(blocks) == 1:
+        return (flat,)
+    return flat.split_with_sizes([(b.stop - b.start) * x.size(1) for b in blocks])
 
 
-def _own_rows(stack, columns, blocks):
-    """For each block, its rows of a factor, views; the whole stack for a block that gathers."""
-    part = stack[:, columns]
-    if blocks[0].gathers:
-        return (part,)
-    return part.split_with_sizes([b.rows.stop - b.rows.start for b in blocks])
-
-
-def _rows(stack, columns, blocks):
-    """For each block, a factor: (columns, features), or (sentences, columns, features) for a
-    block that gathers."""
-    parts = _own_rows(stack, columns, blocks)
-    if blocks[0].gathers:
-        return (F.embedding(blocks[0].rows, parts[0]),)
-    return parts
-
-
-def _side_by_side(tensors, dim):
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
+def _parts(h, linears):
+    """The columns of each linear."""
+    return (h,) if linears == 1 else h.chunk(linears, -1)
 
 
 def _scaled(h, block):
     """Multiplies h, (…, linears · columns), by the block's scaling, in place."""
-    scaling = block.scaling.to(h.dtype).unsqueeze(2)
-    h.view(scaling.size(0), -1, h.size(-1) // scaling.size(-1), scaling.size(-1)).mul_(scaling)
+    if block.scaling is not None:
+        sentences, _, columns = block.scaling.shape
+        h.view(sentences, -1, h.size(-1) // columns, columns).mul_(block.scaling.unsqueeze(2))
     return h
 
 
-def _add_product(out, a, b):
-    """out += a b, in place."""
-    if b.dim() == 3:
-        out.baddbmm_(a, b)
-    else:
-        out.addmm_(a, b)
+def _times_transposed(a, b):
+    """a bᵀ, batched where b is."""
+    return F.linear(a, b) if b.dim() == 2 else torch.bmm(a, b.mT)
 
 
-def _add_gradient(total, a, b, block, beta):
-    """total = beta · total + aᵀ b, in place; summed by row where each sentence has its own."""
-    if block.gathers:
-        total.index_add_(0, block.rows.flatten(), (a.mT @ b).flatten(0, -2))
-    else:
-        total.addmm_(a.t(), b, beta=beta)
+def _add_product(out, a, b, beta=1.0):
+    """out = beta · out + a b, in place."""
+    (out.baddbmm_ if b.dim() == 3 else out.addmm_)(a, b, beta=beta)
 
 
 def decoding_step(x, weight, bias, adapters):
@@ -228,15 +184,15 @@ def decoding_step(x, weight, bias, adapters):
     Args:
         x: (batch, time, in)
         weight, bias: the frozen linear's
-        adapters: for each index side, the stacked adapters (rows, features), the columns of A and
-            of B in them, and the block's scaling
+        adapters: for each index side, A (columns, in) and B (columns, out) of the languages
+            present, and the block's scaling
 
     Returns:
         (batch, time, out)
     """
     y = F.linear(x, weight, bias)
-    for stack, (a, b), scaling in adapters:
-        h = F.linear(x[..., : a.stop - a.start], stack[:, a])
-        part = y[..., : b.stop - b.start].flatten(0, 1)
-        part.addmm_(h.mul_(scaling).flatten(0, 1), stack[:, b])
+    for A, B, scaling in adapters:
+        h = F.linear(x[..., : A.size(1)], A)
+        h = h if scaling is None else h.mul_(scaling)
+        y[..., : B.size(1)].flatten(0, 1).addmm_(h.flatten(0, 1), B)
     return y

@@ -9,7 +9,9 @@ from torch import nn
 
 from lslora_fairseq.lora.formulations import AdaptedLinears, decoding_step
 from lslora_fairseq.lora.merge import delta_weight
+from lslora_fairseq.lora.plan import SHARED
 from lslora_fairseq.lora.routing import current_pass
+from lslora_fairseq.lora.stacked import stack
 
 
 def autocast_dtype(device_type):
@@ -107,27 +109,45 @@ def apply_linears(x, linears):
     if not adapted:
         return [linear(x) for linear in linears]
     first = adapted[0]
-    here = current_pass()
-    routes = {
-        side: _route(here, first.site, side).without_beams(x.size(0)) for side in first.adapters
-    }
+    here, dtype = current_pass(), autocast_dtype(x.device.type)
+    sides = []
+    for adapters, route in _stacks(here, first):
+        route = route.without_beams(x.size(0))
+        sides.append((*_stacked(here, adapters, route, dtype), route.blocks))
     x = x.contiguous()
-    dtype = autocast_dtype(x.device.type)
-    stacks = {
-        adapters: _stack(here, adapters, routes[side].present, dtype)
-        for side, adapters in first.adapters.items()
-    }
-    if dtype is None and not torch.is_grad_enabled() and _is_short(routes.values()):
-        return [_decoded(x, linear, routes, stacks) for linear in linears]
+    if dtype is None and not torch.is_grad_enabled() and _is_short(sides, here):
+        return [_decoded(x, linear, sides) for linear in linears]
     z = F.dropout(x, first.dropout) if first.training and first.dropout else None
     tensors = [x, z, *(linear.weight for linear in linears), *(linear.bias for linear in linears)]
     if dtype is not None:
         tensors = [None if t is None else t.to(dtype) for t in tensors]
     x, z, *tensors = tensors
-    stacks, gradients = zip(*stacks.values())
-    blocks = [route.blocks for route in routes.values()]
     modules = tuple(lin.site.module if lin in adapted else None for lin in linears)
-    return AdaptedLinears.apply(x, z, gradients, blocks, modules, *stacks, *tensors)
+    stacks = [tensor for tensor, _, _ in sides]
+    sides = [side[1:] for side in sides]
+    return AdaptedLinears.apply(x, z, sides, modules, *stacks, *tensors)
+
+
+def _stacks(here, linear):
+    """What is stacked together: tuples of :class:`~lslora_fairseq.lora.adapters.LayerAdapters`,
+    and the route of each."""
+    shared, found = linear.adapters.get(SHARED), []
+    for side, adapters in linear.adapters.items():
+        route = _route(here, linear.site, side)
+        if side == SHARED:
+            continue
+        if route.joined is not None and shared is not None and _can_join(adapters, shared):
+            found.append(((adapters, shared), route.joined))
+            shared = None
+        else:
+            found.append(((adapters,), route))
+    return found if shared is None else [*found, ((shared,), here.routes[SHARED])]
+
+
+def _can_join(adapters, shared):
+    """Whether the adapters that all languages share have the same sites and part in training."""
+    are_alike = adapters.share() is None and adapters.columns == shared.columns
+    return are_alike and (shared.weight(0).requires_grad or not torch.is_grad_enabled())
 
 
 def _route(here, site, side):
@@ -140,30 +160,29 @@ def _route(here, site, side):
     return route
 
 
-def _stack(here, adapters, present, dtype):
+def _stacked(here, adapters, route, dtype):
     """Adapters of the languages present, stacked once per pass, or once per decoding."""
-    stacks = present.stacks
-    if stacks is None or torch.is_grad_enabled():
+    stacks, is_grad_enabled = route.present.stacks, torch.is_grad_enabled()
+    if stacks is None or is_grad_enabled:
         stacks = here.stacks
-    if adapters not in stacks:
-        stacks[adapters] = adapters.stack(present, dtype)
-    return stacks[adapters]
+    gathers = route.gathers and is_grad_enabled
+    key = adapters, route.sentences if gathers else None
+    if key not in stacks:
+        stacks[key] = stack(adapters, route, dtype, gathers)
+    return stacks[key]
 
 
-def _is_short(routes):
+def _is_short(sides, here):
     """Whether this is a decoding step in which all sentences share one block."""
-    return all(route.present.stacks is not None and not route.blocks[0].gathers for route in routes)
+    is_step = all(route.present.stacks is not None for route in here.routes.values())
+    return is_step and not any(blocks[0].gathers for _, _, blocks in sides)
 
 
-def _decoded(x, linear, routes, stacks):
+def _decoded(x, linear, sides):
     if not isinstance(linear, LSLoLinear):
         return linear(x)
-    sides = [
-        (
-            stacks[adapters][0],
-            adapters.columns[linear.site.module],
-            routes[side].blocks[0].scaling,
-        )
-        for side, adapters in linear.adapters.items()
-    ]
-    return decoding_step(x, linear.weight, linear.bias, sides)
+    adapters = []
+    for _, stacked, blocks in sides:
+        (A,), (B,) = stacked.factors(linear.site.module, blocks)
+        adapters.append((A, B, blocks[0].scaling))
+    return decoding_step(x, linear.weight, linear.bias, adapters)

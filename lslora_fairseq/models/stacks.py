@@ -5,6 +5,7 @@ Language ids travel with the tensors they index: in ``net_input`` to the encoder
 the encoder output, and activation checkpointing hands each layer its own batch's again.
 """
 
+import torch
 from fairseq.models.transformer import TransformerDecoderBase, TransformerEncoderBase
 from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from torch import nn
@@ -20,6 +21,7 @@ from lslora_fairseq.models.layers import (
 )
 
 LANG_IDS = tuple(f"{side}_lang_ids" for side in SIDES)
+ON_HOST = "lang_ids_on_host"  # in encoder_out, until it is reordered
 
 
 class _RoutedStack:
@@ -67,16 +69,18 @@ class _RoutedStack:
         """
         return {**ids, SHARED: tokens.new_zeros(tokens.size(0))} if SHARED in self.sides else ids
 
-    def present(self, ids):
+    def present(self, ids, values=None):
         """side -> the languages of the batch, for the sides that index any site of this stack.
 
         Args:
             ids: side -> (batch,) language indices or None
+            values: what :func:`_on_host` returned for these ids, if it was asked before
         """
+        values = {**(values or _on_host(ids)[0]), SHARED: None}
+        if SHARED in self.sides:
+            values[SHARED] = [0] * len(ids[SHARED])
         return {
-            side: Present(
-                self.layouts[side], ids[side], [0] * len(ids[side]) if side == SHARED else None
-            )
+            side: Present(self.layouts[side], ids[side], values[side])
             for side in self.sides
             if ids[side] is not None
         }
@@ -89,11 +93,17 @@ class _RoutedStack:
             present: side -> :class:`Present`, of which the ids are
             sorted_time: if the sentences are sorted by :meth:`order`, their number of tokens
         """
-        return {
+        routes = {
             side: languages.sorted(ids[side], sorted_time)
             if sorted_time and side == self.sorted_side
             else languages.unsorted(ids[side])
             for side, languages in present.items()
+        }
+        shared = routes.get(SHARED)
+        if shared is None:
+            return routes
+        return {
+            side: route if side == SHARED else route.join(shared) for side, route in routes.items()
         }
 
     def routed(self, *sentences):
@@ -157,31 +167,62 @@ class LSLoTransformerEncoder(_RoutedStack, TransformerEncoderBase):
         """
         ids = dict(zip(SIDES, (source_lang_ids, target_lang_ids)))
         _check_ids(ids, src_tokens.size(0))
+        padding = src_tokens.eq(self.padding_idx)
+        values, has_padding = _on_host(ids, padding)
+        padding = padding, has_padding
         for side, language in (self.merged or {}).items():
-            if ids[side] is not None and (ids[side] != language).any():
+            if set(values.get(side, ())) - {language}:
                 raise RuntimeError(
                     f"the adapters of one {side} language were merged into the weights, and the "
                     "batch has another: load the checkpoint anew for another direction"
                 )
         order, sentences = self.order(ids), self.everyone(ids, src_tokens)
         if order is None:
-            with self.routed(sentences, self.present(sentences)):
-                out = super().forward(src_tokens, src_lengths, return_all_hiddens, token_embeddings)
+            with self.routed(sentences, self.present(sentences, values)):
+                out = self._encode(src_tokens, token_embeddings, return_all_hiddens, *padding)
         else:
             there, back = order
-            args = [None if t is None else t[there] for t in (src_tokens, src_lengths)]
+            src_tokens, padding = src_tokens[there], (padding[0][there], padding[1])
             if token_embeddings is not None:
                 token_embeddings = token_embeddings[there]
             sentences = _reorder_ids(sentences, there)
-            with self.routed(sentences, self.present(sentences), src_tokens.size(1)):
-                out = super().forward(*args, return_all_hiddens, token_embeddings)
+            with self.routed(sentences, self.present(sentences, values), src_tokens.size(1)):
+                out = self._encode(src_tokens, token_embeddings, return_all_hiddens, *padding)
             for key in ("encoder_padding_mask", "encoder_embedding", "src_lengths"):
                 out[key] = [t.index_select(0, back) for t in out[key]]
             for key in ("encoder_out", "encoder_states"):
                 out[key] = [_reorder(x, back) for x in out[key]]
         for key, side in zip(LANG_IDS, SIDES):
             out[key] = [] if ids[side] is None else [ids[side]]
+        out[ON_HOST] = [values]
         return out
+
+    def _encode(self, src_tokens, token_embeddings, return_all_hiddens, padding, has_padding):
+        """fairseq's ``forward_scriptable``, but that the host asks the device for nothing: there
+        it asks before each layer whether there is padding.
+
+        Args:
+            padding: (batch, time) True where there is padding
+            has_padding: whether it is anywhere
+        """
+        x, embedding = self.forward_embedding(src_tokens, token_embeddings)
+        if has_padding:
+            x = x * (1 - padding.unsqueeze(-1).type_as(x))
+        x = x.transpose(0, 1)
+        states = [x]
+        for layer in self.layers:
+            x = layer(x, encoder_padding_mask=padding if has_padding else None)
+            states.append(x)
+        lengths = padding.logical_not().sum(1, keepdim=True, dtype=torch.int32)
+        return {
+            "encoder_out": [x if self.layer_norm is None else self.layer_norm(x)],
+            "encoder_padding_mask": [padding],
+            "encoder_embedding": [embedding],
+            "encoder_states": states if return_all_hiddens else [],
+            "fc_results": [],
+            "src_tokens": [],
+            "src_lengths": [lengths],
+        }
 
     def reorder_encoder_out(self, encoder_out, new_order):
         reordered = super().reorder_encoder_out(encoder_out, new_order)
@@ -241,9 +282,9 @@ class LSLoTransformerDecoder(_RoutedStack, TransformerDecoderBase):
                 return super().extract_features(
                     prev_output_tokens, encoder_out, incremental_state, *args, **kwargs
                 )
-        order = self.order(ids)
+        order, (values,) = self.order(ids), encoder_out.get(ON_HOST, [None])
         if order is None:
-            with self.routed(ids, self.present(ids)):
+            with self.routed(ids, self.present(ids, values)):
                 return super().extract_features(
                     prev_output_tokens, encoder_out, None, *args, **kwargs
                 )
@@ -254,7 +295,7 @@ class LSLoTransformerDecoder(_RoutedStack, TransformerDecoderBase):
             "encoder_padding_mask": [t[there] for t in encoder_out["encoder_padding_mask"]],
         }
         ids = _reorder_ids(ids, there)
-        with self.routed(ids, self.present(ids), prev_output_tokens.size(1)):
+        with self.routed(ids, self.present(ids, values), prev_output_tokens.size(1)):
             features, extra = super().extract_features(
                 prev_output_tokens[there], encoder_out, None, *args, **kwargs
             )
@@ -297,6 +338,25 @@ class LSLoTransformerDecoder(_RoutedStack, TransformerDecoderBase):
             kept["ids"] = ids
             kept["routes"] = self.routes(ids, kept["present"])
         return kept["routes"]
+
+
+def _on_host(ids, padding=None):
+    """What the host needs to know of a batch, in one transfer from its device.
+
+    Args:
+        ids: side -> (batch,) language indices or None
+        padding: (batch, time) True where there is padding, or None
+
+    Returns:
+        side -> list of language indices, for the sides that have any, and whether there is padding
+    """
+    known = {side: ids[side] for side in SIDES if ids[side] is not None}
+    parts = [*known.values(), *([] if padding is None else [padding.any().view(1)])]
+    values = torch.cat([part.long() for part in parts]).tolist() if parts else []
+    lists = {}
+    for side, lang_ids in known.items():
+        lists[side], values = values[: len(lang_ids)], values[len(lang_ids) :]
+    return lists, bool(values and values[0])
 
 
 def _check_ids(ids, batch):

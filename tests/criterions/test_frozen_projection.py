@@ -40,10 +40,10 @@ def pieces(monkeypatch):
     """Makes the loss take so many pieces of the tokens."""
 
     def cut(number, dtype=torch.double):
-        one, size = frozen_projection.pieces(-(-TOKENS // number), WORDS, dtype)
+        one, size = frozen_projection.pieces(-(-TOKENS // number), WORDS, dtype, "cpu")
         assert one == 1
-        monkeypatch.setattr(frozen_projection, "BUFFER", size)
-        assert frozen_projection.pieces(TOKENS, WORDS, dtype) == (number, size)
+        monkeypatch.setitem(frozen_projection.BUFFER, "cpu", size)
+        assert frozen_projection.pieces(TOKENS, WORDS, dtype, "cpu") == (number, size)
 
     return cut
 

@@ -19,7 +19,7 @@ WORDS = 38
 
 @pytest.fixture(autouse=True)
 def several_pieces(monkeypatch):
-    monkeypatch.setattr(frozen_projection, "BUFFER", 10 * WORDS * 4)
+    monkeypatch.setitem(frozen_projection.BUFFER, "cpu", 10 * WORDS * 4)
 
 
 def criterion(name, smoothing=0.1, ignore_prefix_size=0, report_accuracy=False, sentence_avg=False):

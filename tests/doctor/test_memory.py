@@ -54,7 +54,7 @@ def test_the_loss_in_pieces_takes_its_buffer(precision, entry, monkeypatch):
     whole, few = (estimate(SMALL, precision, 10, in_pieces=choice) for choice in (False, True))
     assert few.pop("output distribution") == entry * 50 * 10 < whole.pop("output distribution")
     assert few == whole
-    monkeypatch.setattr(frozen_projection, "BUFFER", entry * 50 * 4)  # 10 tokens as 4, 3, 3
+    monkeypatch.setitem(frozen_projection.BUFFER, "cuda", entry * 50 * 4)  # 10 tokens as 4, 3, 3
     in_three = estimate(SMALL, precision, 10, in_pieces=True)
     assert in_three["output distribution"] == entry * 50 * 4
 

@@ -5,6 +5,7 @@ import torch
 from lslora_fairseq.lora.adapters import Adapter, LayerAdapters
 from lslora_fairseq.lora.plan import Site
 from lslora_fairseq.lora.routing import AdapterLayout, Present
+from lslora_fairseq.lora.stacked import stack
 
 SITES = [
     Site("decoder", 2, "self_attn.q_proj", "target", 4, 3),
@@ -49,8 +50,9 @@ def test_languages_own_consecutive_rows_of_the_mask():
 def test_the_stack_holds_the_languages_present_alone():
     adapters, layout = make(), AdapterLayout(RANKS, RANKS)
     for ids, languages in (([2, 0, 2], [0, 2]), ([1], [1])):
-        stack, _ = adapters.stack(Present(layout, torch.tensor(ids)))
-        assert torch.equal(stack, torch.cat([adapters.weight(i) for i in languages]))
+        ids = torch.tensor(ids)
+        tensor, _ = stack((adapters,), Present(layout, ids).unsorted(ids))
+        assert torch.equal(tensor, torch.cat([adapters.weight(i) for i in languages]))
 
 
 def test_pruned_entries_are_noticed_also_when_loaded():

@@ -10,7 +10,7 @@ from lslora_fairseq.lora import routing
 from lslora_fairseq.lora.adapters import LayerAdapters
 from lslora_fairseq.lora.linear import LSLoLinear, apply_linears
 from lslora_fairseq.lora.plan import Site
-from lslora_fairseq.lora.routing import AdapterLayout, Present, current_pass, routed
+from lslora_fairseq.lora.routing import AdapterLayout, Costs, Present, current_pass, routed
 
 RANKS = (1, 3, 2)
 CODES = ("de", "en", "fr")
@@ -18,12 +18,17 @@ UNSORTED = [2, 0, 1, 0, 2]
 SORTED = [0, 0, 1, 2, 2]
 
 
-@pytest.fixture(params=[16, 3, 1], ids=lambda columns: f"blocks of {columns}", autouse=True)
-def block_rank(request, monkeypatch):
+@pytest.fixture(
+    params=[(16, 0), (3, 0), (1, 0), (1, 9)],
+    ids=["one block", "two blocks", "blocks of one language", "gathered"],
+    autouse=True,
+)
+def costs(request, monkeypatch):
     """The languages of a batch in one block, in two, and each in its own; where the batch is not
-    sorted, in one block or with gathered rows."""
-    monkeypatch.setattr(routing, "BLOCK_RANK", request.param)
-    monkeypatch.setattr(routing, "UNSORTED_RANK", request.param)
+    sorted, in one block or with gathered rows, as in the last case where it is."""
+    columns, below = request.param
+    found = Costs(columns, waste=1500, unsorted_columns=columns, gathers_below=below)
+    monkeypatch.setitem(routing.COSTS, "cpu", found)
 
 
 PASSES = ExitStack()

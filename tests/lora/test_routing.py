@@ -1,5 +1,6 @@
 """How the languages of a batch are stacked, and the rows and scaling of each sentence."""
 
+import math
 from threading import Thread
 
 import pytest
@@ -18,6 +19,11 @@ from lslora_fairseq.lora.routing import (
 LAYOUT = AdapterLayout((1, 3, 2, 1), (1, 6, 1, 1))  # de en fr ja
 
 
+def costs(monkeypatch, **changes):
+    """Other costs on a CPU."""
+    monkeypatch.setitem(routing.COSTS, "cpu", routing.COSTS["cpu"]._replace(**changes))
+
+
 def present(ids):
     lang_ids = torch.tensor(ids)
     return Present(LAYOUT, lang_ids), lang_ids
@@ -27,7 +33,6 @@ def test_the_languages_present_are_stacked_in_ascending_order():
     languages, _ = present([2, 0, 2, 2])
     assert languages.languages == (0, 2) and languages.ranks == [1, 2]
     assert languages.owners.tolist() == [0, 2, 2]
-    assert languages.row_scaling.tolist() == [1, 0.5, 0.5]
 
 
 def test_a_sorted_route_shares_the_rows_of_neighbouring_languages():
@@ -53,7 +58,7 @@ def test_a_sorted_route_shares_the_rows_of_neighbouring_languages():
     ],
 )
 def test_a_block_ends_before_its_languages_have_too_many_columns(monkeypatch, columns, expected):
-    monkeypatch.setattr(routing, "BLOCK_RANK", columns)
+    costs(monkeypatch, columns=columns)
     languages, ids = present([0, 0, 1, 2, 2])
     blocks = languages.sorted(ids, 5).blocks
     assert [(b.start, b.stop, b.rows.start, b.rows.stop) for b in blocks] == expected
@@ -63,7 +68,6 @@ def test_a_block_ends_before_its_languages_have_too_many_columns(monkeypatch, co
 
 
 def test_on_a_cpu_a_block_ends_before_its_columns_are_mostly_other_languages(monkeypatch):
-    languages, ids = present([0, 0, 1, 2])
     expected = {
         100: [(0, 4)],
         99: [(0, 3), (3, 4)],  # fr in its block would be 10 tokens · (3 · 2 + 1 · 4)
@@ -71,11 +75,13 @@ def test_on_a_cpu_a_block_ends_before_its_columns_are_mostly_other_languages(mon
         0: [(0, 2), (2, 3), (3, 4)],
     }
     for allowed, spans in expected.items():
-        monkeypatch.setattr(routing, "BLOCK_WASTE", {"cpu": allowed})
+        costs(monkeypatch, waste=allowed)
+        languages, ids = present([0, 0, 1, 2])
         blocks = languages.sorted(ids, 10).blocks
         found = [(block.start, block.stop) for block in blocks]
         assert found == spans, allowed
-    monkeypatch.setattr(routing, "BLOCK_WASTE", {"cuda": 0})
+    costs(monkeypatch, waste=math.inf)
+    languages, ids = present([0, 0, 1, 2])
     assert len(languages.sorted(ids, 10**9).blocks) == 1
 
 
@@ -93,13 +99,13 @@ def test_an_unsorted_route_shares_all_rows_while_they_are_few():
 
 
 def test_an_unsorted_route_looks_up_each_sentence_otherwise(monkeypatch):
-    """A short language repeats its last row with no weight."""
-    monkeypatch.setattr(routing, "UNSORTED_RANK", 5)
+    """A short language is filled up with the row of zeros at the end of the stack."""
+    costs(monkeypatch, unsorted_columns=5)
     languages, ids = present([2, 0, 1, 2])
     (block,) = languages.unsorted(ids).blocks
     assert (block.start, block.stop) == (0, 4) and block.gathers
-    assert block.rows.tolist() == [[4, 5, 5], [0, 0, 0], [1, 2, 3], [4, 5, 5]]
-    assert block.scaling.squeeze(1).tolist() == [[0.5, 0.5, 0], [1, 0, 0], [2, 2, 2], [0.5, 0.5, 0]]
+    assert block.rows.tolist() == [[4, 5, 6], [0, 6, 6], [1, 2, 3], [4, 5, 6]]
+    assert block.scaling.flatten().tolist() == [0.5, 1, 2, 0.5]
     # later steps of a beam search have fewer sentences
     (block,) = languages.unsorted(torch.tensor([1])).blocks
     assert block.rows.tolist() == [[1, 2, 3]]

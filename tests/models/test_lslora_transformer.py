@@ -205,7 +205,8 @@ def test_fresh_adapters_decode_like_stock_fairseq():
 @pytest.mark.parametrize("gathers", [False, True])
 def test_beam_search_of_mixed_directions_equals_each_alone(monkeypatch, sides, gathers):
     """Beams finish at different steps, so sentences are dropped and reordered on the way."""
-    monkeypatch.setattr(routing, "UNSORTED_RANK", 0 if gathers else 64)
+    costs = routing.COSTS["cpu"]._replace(unsorted_columns=0 if gathers else 64)
+    monkeypatch.setitem(routing.COSTS, "cpu", costs)
     model = set_adapters(build(**sides), scale=0.3, seed=4).eval()
     model.encoder.embed_tokens.weight.data[2] *= 3  # </s> likelier for some, less for others
     mixed = without_targets(batch(PAIRS))

@@ -12,7 +12,7 @@ from fairseq.models.transformer import TransformerModel
 from fairseq.optim import OPTIMIZER_REGISTRY
 from toy import adapters, batch, build, set_adapters, stock
 
-from lslora_fairseq.lora.adapters import LayerAdapters
+from lslora_fairseq.lora import linear
 from lslora_fairseq.lora.routing import current_pass
 
 DIRECTIONS = [(0, 1), (2, 3)]
@@ -86,7 +86,7 @@ def test_a_pass_that_fails_leaves_nothing_behind(monkeypatch, options):
     """As after an out-of-memory that the trainer survives."""
     model, net_input = set_adapters(build(**options)), batch(DIRECTIONS * 2)
     expected = model(**net_input)[0]
-    stacks, stack = [], LayerAdapters.stack
+    stacks, stack = [], linear.stack
 
     def watched(*args, **kwargs):
         made = stack(*args, **kwargs)
@@ -96,7 +96,7 @@ def test_a_pass_that_fails_leaves_nothing_behind(monkeypatch, options):
     def fail(*_):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(LayerAdapters, "stack", watched)
+    monkeypatch.setattr(linear, "stack", watched)
     with monkeypatch.context() as context:
         context.setattr(model.decoder.layers[1].fc2, "forward", fail)
         with pytest.raises(RuntimeError, match="out of memory"):

@@ -36,7 +36,8 @@ def test_a_fresh_model_changes_no_bit(train):
 def test_output_and_gradients_are_those_of_the_formula(monkeypatch, columns, options):
     """W + p_src ΔW_src + p_tgt ΔW_tgt (method, section 3) as the weights of a stock model, and
     autograd through them to w and the factors."""
-    monkeypatch.setattr(routing, "UNSORTED_RANK", columns)
+    costs = routing.COSTS["cpu"]._replace(unsorted_columns=columns)
+    monkeypatch.setitem(routing.COSTS, "cpu", costs)
     model, pairs = learning(**options), sorted(set(PAIRS))
     base, mixed = stock(model), batch(pairs)
     outputs = model(**mixed)[0]

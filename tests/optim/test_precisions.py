@@ -99,7 +99,7 @@ def test_losses_agree_with_fp32(precision):
 @pytest.mark.filterwarnings("ignore:.*GradScaler")
 def test_the_loss_in_pieces_agrees_with_fairseqs(precision, monkeypatch):
     """Over eight updates; fairseq scales the loss, whose gradient is computed before that."""
-    monkeypatch.setattr(frozen_projection, "BUFFER", 2000)  # five tokens at a time
+    monkeypatch.setitem(frozen_projection.BUFFER, "cpu", 2000)  # five tokens at a time
     task = SimpleNamespace(target_dictionary=toy.dictionary())
     net_input = batch(ALL)
     target = net_input["src_tokens"].flip(1)  # padded on the right
