@@ -114,7 +114,7 @@ def apply_linears(x, linears):
     x = x.contiguous()
     dtype = autocast_dtype(x.device.type)
     stacks = {
-        adapters: _stack(here, adapters, routes[side].present, dtype)
+        adapters: _stack(here, adapters, routes[side].present, dtype or first.weight.dtype)
         for side, adapters in first.adapters.items()
     }
     if dtype is None and not torch.is_grad_enabled() and _is_short(routes.values()):
