@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 import toy
-from toy import adapters, batch, build, set_adapters
 from torch import nn
+from toy import adapters, batch, build, set_adapters
 
 from lslora_fairseq.checkpoints import being_loaded
 from lslora_fairseq.keys import EMBEDDINGS, is_adapter_key
@@ -160,8 +160,11 @@ def knowing(model, monkeypatch):
     return model
 
 
-def test_a_state_dict_holds_the_base_as_it_was(saved, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float, torch.half])
+def test_a_state_dict_holds_the_base_as_it_was(saved, monkeypatch, dtype):
     path, state = saved
+    state = {key: weight.to(dtype) for key, weight in state.items()}
+    torch.save({"model": state}, path)
     model = loaded(path, knowing(cast(), monkeypatch))
     found = model.state_dict()
     for name, weight in state.items():
@@ -198,7 +201,7 @@ def test_what_a_file_lacks_is_kept(saved, monkeypatch):
     """Rows of tokens, in another order here, and weights of no file."""
     path, state = saved
     other = {**state, **{k: torch.cat([state[k][:34], state[k][34:].flip(0)]) for k in EMBEDDINGS}}
-    other["decoder.layers.1.fc2.bias"] = state["decoder.layers.1.fc2.bias"] + 1
+    other["decoder.layers.1.fc2.bias"] = state["decoder.layers.1.fc2.bias"] * (1 + 1e-6)
     found = loaded(path, knowing(cast(), monkeypatch), dict(other)).state_dict()
     assert all(torch.equal(found[name], weight) for name, weight in other.items())
 
