@@ -223,14 +223,13 @@ def test_trained_rows_of_tokens_keep_their_digits(saved, monkeypatch):
         assert torch.equal(again.state_dict()[EMBEDDINGS[0]][36], row[0])
 
 
-def test_a_merged_model_is_saved_as_it_is(saved, monkeypatch):
-    path, _ = saved
-    model = set_adapters(loaded(path, knowing(cast(**MORE), monkeypatch)))
+@pytest.mark.parametrize("options", [{}, MORE])
+def test_a_merged_model_is_saved_as_it_is(saved, monkeypatch, options):
+    model = set_adapters(loaded(saved[0], knowing(cast(**options), monkeypatch)))
     model.merge(0, 1)
-    for name, weight in model.state_dict().items():
-        assert torch.equal(weight, model.state_dict(keep_vars=True)[name])
-        if name in dict(model.named_parameters()):
-            assert torch.equal(weight, model.get_parameter(name)), name
+    found = model.state_dict()
+    for name, param in model.named_parameters():
+        assert torch.equal(found[name], param), name
 
 
 def test_new_rows_are_those_of_a_run_in_fp32(saved):
