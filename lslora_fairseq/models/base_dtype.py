@@ -29,6 +29,21 @@ def cast_base(model, dtype):
             module.to(dtype)
 
 
+def restore_base(model, state, prefix):
+    """Gives a state dict the base of a cast model as it was loaded, in place: what its
+    :class:`Originals` hold, if it has any, and trained rows of tokens with all their digits."""
+    weights = {} if model.originals is None else model.originals.whole()
+    if hasattr(model, "token_rows"):
+        name = EMBEDDINGS[0]
+        weights[name] = weights.get(name, state[prefix + name]).to(torch.float, copy=True)
+        model.token_rows.write(weights[name])
+    base = frozen_base(model)
+    of = {base[name]: weight for name, weight in weights.items()}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        if param in of:
+            state[prefix + name] = of[param]
+
+
 class Originals:
     """The weights of a base as the checkpoint has them that a model was loaded from.
 

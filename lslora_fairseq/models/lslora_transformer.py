@@ -22,7 +22,7 @@ from lslora_fairseq.lora.merge import merged
 from lslora_fairseq.lora.plan import MODULES, SHARED, SIDES
 from lslora_fairseq.lora.routing import AdapterLayout
 from lslora_fairseq.lora.tokens import TokenRows
-from lslora_fairseq.models.base_dtype import Originals, cast_base, frozen_base
+from lslora_fairseq.models.base_dtype import Originals, cast_base, frozen_base, restore_base
 from lslora_fairseq.models.loading import add_languages, check_keys, match_rows, take_rows
 from lslora_fairseq.models.stacks import LSLoTransformerDecoder, LSLoTransformerEncoder
 from lslora_fairseq.unsupported import refuse_unsupported
@@ -204,18 +204,8 @@ class LSLoTransformerModel(TransformerModel):
     def state_dict(self, *args, **kwargs):
         """As torch's; the base is as it was loaded from its checkpoint, whatever it is cast to."""
         state = super().state_dict(*args, **kwargs)
-        if not self.is_cast:
-            return state
-        prefix, base = kwargs.get("prefix", ""), frozen_base(self)
-        weights = {} if self.originals is None else self.originals.whole()
-        if hasattr(self, "token_rows"):
-            weight = weights.get(EMBEDDINGS[0], state[prefix + EMBEDDINGS[0]])
-            weights[EMBEDDINGS[0]] = weight.to(torch.float, copy=True)
-            self.token_rows.write(weights[EMBEDDINGS[0]])
-        of = {base[name]: weight for name, weight in weights.items()}
-        for name, param in self.named_parameters(remove_duplicate=False):
-            if param in of:
-                state[prefix + name] = of[param]
+        if self.is_cast:
+            restore_base(self, state, kwargs.get("prefix", ""))
         return state
 
     def _write_record(self):

@@ -101,6 +101,8 @@ def test_checkpoints_hold_the_base_as_it_was(corpus, runs):
     for path in (last(whole), parts / "first.pt", last(parts)):
         found = checkpoints.read_checkpoint(path)[1]
         for key, weight in base.items():
+            if key.endswith("_float_tensor"):  # a buffer of fairseq 0.12.2's without meaning
+                continue
             assert found[key].dtype == weight.dtype, key
             if key in EMBEDDINGS:
                 moved = (found[key] != weight).any(1).nonzero().flatten().tolist()

@@ -135,6 +135,8 @@ def test_gradients_are_those_of_fp32_but_for_roundings(dtype, checkpointed):
 def saved(tmp_path):
     """The file of a base model, and its state dict."""
     state = {k: v for k, v in build(9).state_dict().items() if not is_adapter_key(k)}
+    # fairseq 0.12.2 has buffers without meaning
+    state = {k: v for k, v in state.items() if not k.endswith("_float_tensor")}
     torch.save({"model": state}, tmp_path / "base.pt")
     return tmp_path / "base.pt", state
 
@@ -163,7 +165,9 @@ def knowing(model, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float, torch.half])
 def test_a_state_dict_holds_the_base_as_it_was(saved, monkeypatch, dtype):
     path, state = saved
-    state = {key: weight.to(dtype) for key, weight in state.items()}
+    state.update(
+        {name: weight.to(dtype) for name, weight in state.items() if "version" not in name}
+    )
     torch.save({"model": state}, path)
     model = loaded(path, knowing(cast(), monkeypatch))
     found = model.state_dict()
