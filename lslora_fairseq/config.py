@@ -164,6 +164,11 @@ class StartConfig(Options):
         "where the base model is that checkpoints leave out, if it was moved (default: where it "
         "was, or beside the checkpoint)",
     )
+    lora_base_dtype: str = _option(
+        "fp32",
+        "bf16 or fp16: the frozen base takes half the memory and computes in that dtype, while "
+        "adapters stay in fp32; checkpoints hold the base as it was (default: fp32)",
+    )
 
     @property
     def places(self):

@@ -134,6 +134,22 @@ def _equal(one, other):
     return other is None if one is None else other is not None and torch.equal(one, other)
 
 
+def weights_in_files(path):
+    """The state dicts that hold the weights of a checkpoint, memory-mapped where the files allow
+    it: its own, and that of the base model if it leaves that out.
+
+    Raises:
+        ConfigError: a file cannot be read, or the base model is gone.
+    """
+    from lslora_fairseq.checkpoints import read_file
+
+    content = read_file(path)
+    found = [content["model"]]
+    if BASE in content:
+        found.append(read_file(find(content[BASE], path))["model"])
+    return found
+
+
 def find(about, path):
     """The base model of a checkpoint.
 

@@ -38,8 +38,8 @@ def refuse_unsupported(args):
     if getattr(args, "tpu", False):
         option = "--bf16" if getattr(args, "bf16", False) else "--tpu"  # fairseq sets both
         raise ConfigError(
-            f"{option} makes fairseq train on a TPU, where adapters were never tried: use --amp "
-            "or --fp16 on a GPU"
+            f"{option} makes fairseq train on a TPU, where adapters were never tried: use --amp, "
+            "--fp16 or --lora-base-dtype bf16 on a GPU"
         )
     given = [
         f"--{name.replace('_', '-')}"

@@ -70,6 +70,23 @@ def test_everything_in_order(corpus, tmp_path):
     assert "ok       language order   that of the checkpoint" in out.splitlines()
 
 
+def test_the_memory_of_a_base_in_bf16(corpus):
+    args = ["--checkpoint", corpus.base, "--data", corpus.data, "--lora-tiers", TIERS, "--cpu"]
+    whole, half = (
+        diagnose(*args, "--max-tokens", "600", *more)[1]["memory"]
+        for more in ([], ["--lora-base-dtype", "bf16"])
+    )
+    assert "to train with bf16 base, 600 tokens" in half["found"]
+    bases = [line["values"]["parts"]["base model"] for line in (whole, half)]
+    assert bases[0] == 2 * bases[1]
+    for more, told in (
+        (["--lora-base-dtype", "float16"], "float16 must be fp32, bf16 or fp16"),
+        (["--fp16", "--lora-base-dtype", "bf16"], "not allowed with argument --fp16"),
+    ):
+        status, _, err = lslora("doctor", *args, *more, check=False)
+        assert status == 2 and told in err
+
+
 def test_how_the_base_was_trained_is_not_how_it_is_fine_tuned(corpus, tmp_path):
     state = torch.load(corpus.base)
     vars(state["cfg"]["model"]).update(

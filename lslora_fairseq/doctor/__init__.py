@@ -71,6 +71,13 @@ def add_arguments(parser):
             const=name,
             help="precision (default: fp32)",
         )
+    precision.add_argument(
+        "--lora-base-dtype",
+        dest="precision",
+        type=_base_dtype,
+        metavar="DTYPE",
+        help="the frozen base alone in fp32, bf16 or fp16",
+    )
     parser.set_defaults(precision="fp32")
     group = parser.add_argument_group("adapters, as for fairseq-train")
     LSLoConfig.add_options(group, defaults=False)
@@ -78,6 +85,13 @@ def add_arguments(parser):
 
 def _codes(text):
     return [code.strip() for code in text.split(",") if code.strip()]
+
+
+def _base_dtype(text):
+    """The name of the precision in which the base alone has this dtype."""
+    if text not in ("fp32", "bf16", "fp16"):
+        raise argparse.ArgumentTypeError(f"{text} must be fp32, bf16 or fp16")
+    return text if text == "fp32" else f"{text} base"
 
 
 def _positive(text):

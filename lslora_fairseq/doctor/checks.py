@@ -250,7 +250,9 @@ def check_memory(inputs):
         )
     ]
     if inputs.checkpoint:
-        peak = inputs.process + memory.loading_peak(inputs.shape, inputs.checkpoint.size)
+        peak = inputs.process + memory.loading_peak(
+            inputs.shape, inputs.checkpoint.size, args.precision
+        )
         found = f"about {_size(peak)} while the checkpoint is loaded"
         free = memory.free_on_cpu()
         remedy = "end other programs, or take a machine with more memory"

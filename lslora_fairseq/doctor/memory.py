@@ -11,13 +11,15 @@ import torch
 from lslora_fairseq.criterions.frozen_projection import pieces
 
 GIB = 1024**3
+HALF_BASES = ("bf16 base", "fp16 base")  # --lora-base-dtype
 WEIGHT_BYTES = {"fp32": 4, "amp": 4, "fp16": 2, "memory-efficient-fp16": 2}
+WEIGHT_BYTES.update(dict.fromkeys(HALF_BASES, 2))  # of the base; adapters are in fp32
 # Bytes of one entry that is kept for the backward pass. Under AMP the inputs of layer norms stay
 # in fp32 and the rest is in half precision, on average 2.5.
-ACTIVATION_BYTES = {"fp32": 4, "amp": 2.5, "fp16": 2, "memory-efficient-fp16": 2}
+ACTIVATION_BYTES = {**WEIGHT_BYTES, "amp": 2.5}
 # Bytes of one entry of the output distribution at the peak, of fairseq's own criterions: logits,
 # log-probabilities and their gradients; they compute in fp32 whatever the precision.
-LOGIT_BYTES = {"fp32": 16, "amp": 14, "fp16": 14, "memory-efficient-fp16": 14}
+LOGIT_BYTES = {**dict.fromkeys(WEIGHT_BYTES, 14), "fp32": 16}
 
 # On a CPU, measured with label smoothing: log-probabilities and two gradients; and what a layer's
 # backward pass computes with, with what the C allocator keeps, in decoder layers.
@@ -27,7 +29,7 @@ STARTED = 100 * 2**20  # what a run imports and starts beyond what the doctor do
 DICTIONARY_LINE = 180  # bytes of a line of a dictionary, as fairseq holds it
 
 # Adam's two moments, and fp32 masters unless the weights are; --fp16 has fp32 gradients beside them
-OPTIMIZER_BYTES = {"fp32": 8, "amp": 8, "fp16": 16, "memory-efficient-fp16": 12}
+OPTIMIZER_BYTES = {**dict.fromkeys(WEIGHT_BYTES, 8), "fp16": 16, "memory-efficient-fp16": 12}
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def estimate(shape, precision, max_tokens, checkpointed=False, process=None, in_
 
     Args:
         shape: a :class:`Shape`
-        precision: ``fp32``, ``amp``, ``fp16`` or ``memory-efficient-fp16``
+        precision: ``fp32``, ``amp``, ``fp16``, ``memory-efficient-fp16`` or of :data:`HALF_BASES`
         max_tokens: tokens of a batch, on either side
         checkpointed: ``--checkpoint-activations``
         process: bytes of the process without model and batch on a CPU; None on a GPU
@@ -73,13 +75,13 @@ def estimate(shape, precision, max_tokens, checkpointed=False, process=None, in_
     Returns:
         dict of part -> bytes
     """
-    weight, entries = WEIGHT_BYTES[precision], shape.adapter_entries
+    weight, entries = _adapter_bytes(precision), shape.adapter_entries
     encoder, decoder = 8.5 * shape.dim + shape.ffn_dim, 14.75 * shape.dim + shape.ffn_dim
     kept = shape.encoder_layers * encoder + shape.decoder_layers * decoder
     if checkpointed:
         kept = (shape.encoder_layers + shape.decoder_layers) * shape.dim + decoder
     # AMP keeps a half-precision copy of every weight until the backward pass is through
-    base = weight + (2 if precision == "amp" else 0)
+    base = WEIGHT_BYTES[precision] + (2 if precision == "amp" else 0)
     logits, more = LOGIT_BYTES, {}
     if process is not None:
         kept, logits, more = kept + CPU_LAYERS * decoder, CPU_LOGIT_BYTES, {"process": process}
@@ -99,18 +101,24 @@ def estimate(shape, precision, max_tokens, checkpointed=False, process=None, in_
     }
 
 
+def _adapter_bytes(precision):
+    return 4 if precision in HALF_BASES else WEIGHT_BYTES[precision]
+
+
 def checkpoint_size(shape, precision):
     """Bytes of a checkpoint: base model, adapters with masks, optimizer state."""
-    weight = WEIGHT_BYTES[precision]
+    weight = _adapter_bytes(precision)  # that of the base, too: it is saved as it was
     masters = 4 if weight == 2 else 0
     kept = weight * shape.base_parameters + (weight + 1) * shape.kept_entries
     return kept + (weight + 1 + masters + 8) * shape.adapter_entries
 
 
-def loading_peak(shape, file_size):
-    """Bytes of CPU memory while the model, still in fp32, is filled from a checkpoint."""
+def loading_peak(shape, file_size, precision="fp32"):
+    """Bytes of CPU memory while the model, still in fp32 unless its base alone is in another dtype,
+    is filled from a checkpoint."""
     adapters = 5 * (shape.adapter_entries + shape.kept_entries)
-    return 4 * shape.base_parameters + adapters + file_size
+    base = 2 if precision in HALF_BASES else 4
+    return base * shape.base_parameters + adapters + file_size
 
 
 def own_size():

@@ -39,6 +39,7 @@ DECODING = (
     ("--batch-size", "N", "sentences of a batch"),
     ("--remove-bpe", "NAME", "how words were cut (default: as the dictionary shows)"),
     ("--fp16", None, "half precision, on a GPU"),
+    ("--lora-base-dtype", "DTYPE", "bf16 or fp16: models with adapters decode in that"),
     ("--cpu", None, "do not use a GPU; all cores that the process may use"),
 )
 # options of fairseq-generate that have no place here -> what to do instead

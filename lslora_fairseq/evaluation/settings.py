@@ -32,7 +32,7 @@ def made_with(cfg, task, text):
         "models": [{"path": path, "sha256": sha256(path)} for path in _files(cfg, task)],
         "data": cfg.task.data,
         "subset": cfg.dataset.gen_subset,
-        "decoding": _decoding(cfg),
+        "decoding": _decoding(cfg, task),
         "tokens": {
             "langs": ",".join(task.langs),
             "main": list(task.args.langtoks["main"]),
@@ -60,7 +60,7 @@ def _files(cfg, task):
     return checkpoints + adapters
 
 
-def _decoding(cfg):
+def _decoding(cfg, task):
     usual = GenerationConfig()
     options = {
         name: getattr(cfg.generation, name)
@@ -71,6 +71,8 @@ def _decoding(cfg):
         options.update(max_tokens=cfg.dataset.max_tokens, batch_size=cfg.dataset.batch_size)
     if cfg.common.fp16:
         options["fp16"] = True
+    if task.base_dtype is not None:
+        options["lora_base_dtype"] = str(task.base_dtype).removeprefix("torch.")
     if cfg.common_eval.model_overrides != "{}":
         options["model_overrides"] = cfg.common_eval.model_overrides
     return options

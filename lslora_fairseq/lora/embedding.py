@@ -46,7 +46,9 @@ class AdaptedEmbedding(_Adapted, nn.Embedding):
 
     def forward(self, tokens):
         A, B = self.factors()
-        return super().forward(tokens) + F.embedding(tokens, B.t(), self.padding_idx) @ A
+        x = super().forward(tokens)
+        columns = F.embedding(tokens, B.t(), self.padding_idx).to(x.dtype)
+        return x + columns @ A.to(x.dtype)  # another dtype where the base is cast
 
 
 class AdaptedProjection(_Adapted, nn.Linear):
@@ -59,7 +61,8 @@ class AdaptedProjection(_Adapted, nn.Linear):
         A, B = self.factors()
         flat = x.flatten(0, -2)  # added in place to a view, logits would be copied in backward
         out = super().forward(flat)
-        out.addmm_(F.linear(flat, A), B.to(out.dtype))  # another dtype under autocast
+        # another dtype under autocast, or where the base is cast
+        out.addmm_(F.linear(flat, A.to(out.dtype)), B.to(out.dtype))
         return out.unflatten(0, x.shape[:-1])
 
 

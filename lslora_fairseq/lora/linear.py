@@ -113,7 +113,8 @@ def apply_linears(x, linears):
     sides = []
     for adapters, route in _stacks(here, first):
         route = route.without_beams(x.size(0))
-        sides.append((*_stacked(here, adapters, route, dtype), route.blocks))
+        stacked = _stacked(here, adapters, route, dtype or first.weight.dtype)
+        sides.append((*stacked, route.blocks))
     x = x.contiguous()
     if dtype is None and not torch.is_grad_enabled() and _is_short(sides, here):
         return [_decoded(x, linear, sides) for linear in linears]

@@ -72,13 +72,14 @@ class TokenRows(nn.Module):
     @torch.no_grad()
     def read(self, weight):
         """Takes the rows from the embeddings, as after loading."""
-        for param, row in zip(self.parameters(recurse=False), weight[self.numbers]):
+        rows = weight[self.numbers.to(weight.device)]
+        for param, row in zip(self.parameters(recurse=False), rows):
             param.copy_(row)
 
     @torch.no_grad()
     def write(self, weight):
         """Brings the rows into the embeddings, as after an update."""
-        weight[self.numbers] = self._weights().to(weight.dtype)
+        weight[self.numbers.to(weight.device)] = self._weights().to(weight)
 
     def pass_gradient(self, _, inputs, output):
         """A forward hook of embeddings: adds nothing to what was looked up (batch, time, d), and
@@ -87,4 +88,4 @@ class TokenRows(nn.Module):
             return None
         weights = self._weights()
         nothing = F.pad(weights - weights.detach(), (0, 0, 0, 1))
-        return output + F.embedding(self.slots[inputs[0]], nothing)
+        return output + F.embedding(self.slots[inputs[0]], nothing).to(output.dtype)

@@ -22,6 +22,7 @@ from lslora_fairseq.lora.merge import merged
 from lslora_fairseq.lora.plan import MODULES, SHARED, SIDES
 from lslora_fairseq.lora.routing import AdapterLayout
 from lslora_fairseq.lora.tokens import TokenRows
+from lslora_fairseq.models.base_dtype import Originals, cast_base, frozen_base, restore_base
 from lslora_fairseq.models.loading import add_languages, check_keys, match_rows, take_rows
 from lslora_fairseq.models.stacks import LSLoTransformerDecoder, LSLoTransformerEncoder
 from lslora_fairseq.unsupported import refuse_unsupported
@@ -36,6 +37,8 @@ class LSLoTransformerModel(TransformerModel):
     begun_with = None  # the Assembly of adapter files for the base model that is loaded, or None
     added = ()  # languages that training adds to those of the checkpoint that is loaded
     init_from = {}  # language that starts afresh -> the one whose adapters and row it starts with
+    is_cast = False  # whether the base computes in another dtype than it has in checkpoints
+    originals = None  # then the Originals of the base, if it was loaded from a file to be trained
 
     @classmethod
     def add_args(cls, parser):
@@ -179,11 +182,31 @@ class LSLoTransformerModel(TransformerModel):
         if hasattr(self, "token_rows"):
             self.token_rows.write(self.decoder.output_projection.weight)
 
-    def load_state_dict(self, *args, **kwargs):
-        found = super().load_state_dict(*args, **kwargs)
+    def cast_base(self, dtype):
+        """Lets the frozen base compute in this dtype, with half the memory for its weights. What is
+        trained stays in fp32."""
         if hasattr(self, "token_rows"):
             self.token_rows.read(self.decoder.output_projection.weight)
+        cast_base(self, dtype)
+        self.is_cast = True
+
+    def load_state_dict(self, state_dict, *args, **kwargs):
+        found = super().load_state_dict(state_dict, *args, **kwargs)
+        if hasattr(self, "token_rows"):
+            self.token_rows.read(state_dict[EMBEDDINGS[0]])  # before it was cast
+        path, self.originals = being_loaded.get(), None
+        if self.is_cast and path is not None:
+            weights = {name: state_dict[name] for name in frozen_base(self)}
+            with one_line_errors():
+                self.originals = Originals(weights, path, self.identity.lines)
         return found
+
+    def state_dict(self, *args, **kwargs):
+        """As torch's; the base is as it was loaded from its checkpoint, whatever it is cast to."""
+        state = super().state_dict(*args, **kwargs)
+        if self.is_cast:
+            restore_base(self, state, kwargs.get("prefix", ""))
+        return state
 
     def _write_record(self):
         device = self.encoder.embed_tokens.weight.device
@@ -236,6 +259,7 @@ class LSLoTransformerModel(TransformerModel):
         all languages."""
         if not hasattr(self, "embedding_adapters"):
             return
+        self.originals = None  # the weights become others
         projection = self.decoder.output_projection
         merge_embeddings(projection)
         for module in {self.encoder.embed_tokens, self.decoder.embed_tokens, projection}:
@@ -272,6 +296,7 @@ class LSLoTransformerModel(TransformerModel):
                     f"{len(self.languages) - 1}"
                 )
         self.merge_embeddings()
+        self.originals = None
         for linear in self.adapted_linears():
             parent_name, _, name = linear.site.name.rpartition(".")
             setattr(self.get_submodule(parent_name), name, merged(linear, {**direction, SHARED: 0}))

@@ -21,6 +21,7 @@ from lslora_fairseq.config import (
 )
 from lslora_fairseq.errors import ConfigError, listed
 from lslora_fairseq.languages import Languages
+from lslora_fairseq.models.base_dtype import BASE_DTYPES
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,8 @@ TASK_FIELDS = ("langs", "lang_dict", "lang_pairs", *TOKENS)
 # what may change from one stage to the next on the same adapters
 STAGE_FIELDS = ("lora_train_languages", "lora_train_tokens", "lora_init_from")  # of a stage alone
 FREE_FIELDS = ("lora_dropout", *STAGE_FIELDS)
+# fairseq's own, those that set another one first
+PRECISIONS = ("memory_efficient_fp16", "memory_efficient_bf16", "fp16", "bf16", "amp")
 DEFAULT_RESTORE_FILE = "checkpoint_last.pt"
 
 
@@ -130,6 +133,29 @@ def base_left_out(args):
             + ": name it with --finetune-from-model or --lora-base"
         )
     return base
+
+
+def base_dtype(args):
+    """The torch dtype that the frozen base of a command's models is cast to, or None.
+
+    Raises:
+        ConfigError: there is no such dtype, or *args* exclude it.
+    """
+    name = StartConfig.from_namespace(args).lora_base_dtype
+    option = f"--lora-base-dtype {name}"
+    if name not in BASE_DTYPES:
+        raise ConfigError(f"{option} must be fp32, bf16 or fp16")
+    dtype = BASE_DTYPES[name]
+    given = [other for other in PRECISIONS if getattr(args, other, False)]
+    if dtype is not None and given:
+        other = f"--{given[0].replace('_', '-')}"
+        raise ConfigError(f"{option} and {other} exclude each other: leave one of them out")
+    if dtype is not None and getattr(args, "write_checkpoints_asynchronously", False):
+        raise ConfigError(
+            f"{option} does not work with --write-checkpoints-asynchronously, which writes into "
+            "the file that a resumed run reads its base from: leave it out"
+        )
+    return dtype
 
 
 def restore_task_options(args, adapters=None):

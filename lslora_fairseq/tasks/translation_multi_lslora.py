@@ -52,6 +52,7 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
     places = ()  # of adapter files that training begins with
     light = None  # Light, where checkpoints leave the base model out
     adapters = None  # a Collection of adapter files that stock models are decoded with, or None
+    base_dtype = None  # what the frozen base is cast to, or None
     _read_ids = None
     _epoch = 1
 
@@ -76,8 +77,9 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
                 raise ConfigError("decoding needs both languages of a direction: give -s and -t")
             start = StartConfig.from_namespace(args)
             given_base.set(start.lora_base)
-            places = start.places
+            places, base_dtype = start.places, options.base_dtype(args)
             args.lora_adapters = None  # a checkpoint that is trained from them knows all
+            args.lora_base_dtype = StartConfig.lora_base_dtype  # of this run alone
             adapters = None
             if places and getattr(args, "path", None):
                 adapters = Collection(places)
@@ -85,7 +87,7 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
             options.check_pairs(args)
             try:
                 task = super().setup_task(args, **kwargs)
-                task.places, task.adapters = places, adapters
+                task.places, task.adapters, task.base_dtype = places, adapters, base_dtype
                 return task
             except FileNotFoundError as error:
                 raise ConfigError(
@@ -107,6 +109,8 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
             if hasattr(model, "plan"):
                 for name, value in begun.items():
                     setattr(model, name, value)
+                if self.base_dtype is not None:
+                    model.cast_base(self.base_dtype)
                 self._check_languages(model, from_checkpoint)
                 self._read_ids = self._id_reader(model)
             else:  # a stock model: nothing to route

@@ -59,6 +59,17 @@ def test_the_loss_in_pieces_takes_its_buffer(precision, entry, monkeypatch):
     assert in_three["output distribution"] == entry * 50 * 4
 
 
+def test_a_base_in_half_precision_and_adapters_in_fp32():
+    half, whole = (estimate(SMALL, precision, max_tokens=10) for precision in ("bf16 base", "fp32"))
+    assert half.pop("base model") == 2 * 1000 == whole.pop("base model") / 2
+    assert half.pop("activations") == whole.pop("activations") / 2
+    assert half.pop("output distribution") == 14 * 50 * 10 < whole.pop("output distribution")
+    assert half == whole
+    assert checkpoint_size(SMALL, "bf16 base") == checkpoint_size(SMALL, "fp32")
+    loading = (loading_peak(SMALL, 7, precision) for precision in ("fp16 base", "fp32"))
+    assert next(loading) == next(loading) - 2 * 1000
+
+
 def test_checkpointed_layers_keep_their_input_alone():
     parts = estimate(SMALL, "fp32", max_tokens=10, checkpointed=True)
     assert parts["activations"] == 4 * 10 * (3 * 8 + 118 + 32)

@@ -36,12 +36,22 @@ MODES = {
     # the projection's part of the embeddings' gradient comes from outside of the wrapped model
     "legacy_ddp, loss in pieces": {"lora_embedding_rank": 3},
     "c10d, loss in pieces": {"lora_embedding_rank": 3},
+    # gradients are summed in fp32, whatever the base computes in
+    "legacy_ddp, loss in pieces, bf16": {"lora_embedding_rank": 3},
+    "c10d, bf16": {},
 }
+
+
+def made(mode, **options):
+    model = set_adapters(build(**options))
+    if "bf16" in mode:
+        model.cast_base(torch.bfloat16)
+    return model
 
 
 def loss_of(model, net_input, mode):
     if "pieces" not in mode:
-        return model(**net_input)[0].square().mean()
+        return model(**net_input)[0].float().square().mean()
     task = SimpleNamespace(target_dictionary=toy.dictionary())
     target = net_input["src_tokens"].flip(1)
     sample = {"net_input": net_input, "target": target, "ntokens": int(target.ne(1).sum())}
@@ -99,7 +109,7 @@ def process(rank, port, folder):
     )
     found = {}
     for mode, options in MODES.items():
-        model = set_adapters(build(**options))
+        model = made(mode, **options)
         found[mode] = train(model, [rank], mode, wrap(model, mode))
     torch.save(found, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -127,8 +137,8 @@ def test_all_ranks_have_the_same_bits(two, mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_they_are_those_of_one_process(two, mode):
-    alone = build(lora_embedding_rank=MODES[mode].get("lora_embedding_rank", 0))
-    expected = train(set_adapters(alone), [0, 1], mode)
+    alone = made(mode, lora_embedding_rank=MODES[mode].get("lora_embedding_rank", 0))
+    expected = train(alone, [0, 1], mode)
     for (model, _, _), (alone, _, _) in zip(two[0][mode], expected):
         assert model.keys() == alone.keys()
         for key, value in alone.items():

@@ -131,6 +131,33 @@ def test_bf16_which_fairseq_trains_on_a_tpu_is_refused(data, given, told):
     refused(build, training(data, f"--{given}"), message)
 
 
+BASE_DTYPES = {
+    "--lora-base-dtype float16": "must be fp32, bf16 or fp16",
+    **{
+        f"--lora-base-dtype bf16 {other}": f"and {other} exclude each other: leave one of them out"
+        for other in (
+            "--fp16", "--amp", "--bf16", "--memory-efficient-fp16", "--memory-efficient-bf16"
+        )
+    },
+    "--lora-base-dtype fp16 --write-checkpoints-asynchronously": "does not work with "
+    "--write-checkpoints-asynchronously, which writes into the file that a resumed run reads its "
+    "base from: leave it out",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", BASE_DTYPES)
+def test_what_a_base_in_half_precision_does_not_go_with(data, words):
+    words, told = words.split(), BASE_DTYPES[words]
+    refused(build, training(data, *words), f"{words[0]} {words[1]} {told}")
+
+
+def test_the_dtype_of_the_base_is_that_of_one_run(data):
+    """What is saved says nothing of it: a checkpoint decodes in fp32."""
+    task, model = build(training(data, "--lora-base-dtype", "bf16"))
+    assert model.encoder.layers[0].fc1.weight.dtype == torch.bfloat16
+    assert task.args.lora_base_dtype == "fp32"
+
+
 PROCESSES = {
     "--ddp-backend pytorch_ddp": "needs --find-unused-parameters, since a process may have no "
     "sentence of a language: add it, or use --ddp-backend legacy_ddp",
