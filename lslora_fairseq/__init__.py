@@ -16,7 +16,15 @@ def register():
     from lslora_fairseq.startup import without_unused
 
     with without_unused() if _IS_CONSOLE_COMMAND else nullcontext():
-        from lslora_fairseq import checkpoints, criterions, light, models, optim, tasks  # noqa: F401
+        from lslora_fairseq import (  # noqa: F401
+            checkpoints,
+            criterions,
+            light,
+            models,
+            optim,
+            processes,
+            tasks,
+        )
 
     checkpoints.allow_fairseq_checkpoints()
     checkpoints.receive_checkpoints_from_own_processes()
@@ -24,6 +32,7 @@ def register():
     checkpoints.report_unwritable_save_dir()
     checkpoints.tell_what_is_loaded()
     light.complete_what_is_loaded()
+    processes.end_early()
 
 
 if not _IS_CONSOLE_COMMAND:

@@ -1,0 +1,39 @@
+"""Gradients over several processes: of languages that no process has seen, nothing is sent."""
+
+from contextlib import contextmanager
+
+import torch
+from fairseq.distributed import LegacyDistributedDataParallel
+from fairseq.distributed.utils import all_reduce
+
+
+@contextmanager
+def only_present(module):
+    """While it lasts, fairseq's legacy_ddp reduces the gradients that some process has.
+
+    It would send zeros for all others. Which those are, the processes tell each other first, in one
+    byte for each trained parameter; no other backend lets itself be told.
+
+    Args:
+        module: the model as the trainer wraps it
+    """
+    while module is not None and not isinstance(module, LegacyDistributedDataParallel):
+        module = getattr(module, "module", None)
+    if module is None:
+        yield
+        return
+    everything = module.per_device_params
+    trained = [[p for p in params if p.requires_grad] for params in everything]
+    given = [p.grad is not None for params in trained for p in params]
+    device = next(p.device for params in trained for p in params)
+    given = torch.tensor(given, dtype=torch.uint8, device=device)
+    all_reduce(given, module.process_group, op="max")
+    wanted = iter(given.tolist())
+    module.per_device_params = [[p for p in params if next(wanted)] for params in trained]
+    # fairseq makes its buffer, of which the frozen base has no use, in the first update
+    size = sum(p.numel() for params in trained for p in params)
+    module.buffer_size = min(module.buffer_size, size)
+    try:
+        yield
+    finally:
+        module.per_device_params = everything
