@@ -18,24 +18,23 @@ begin_on() {
 }
 
 # train_on LAUNCHER... : TRAIN, on all processes that the launcher starts by rank.sh. A signal is
-# passed on to it, and through it to all of them.
+# passed on to it, and by it to all of them; STOPPED if they stopped.
 train_on() {
-    local ended="$SAVE_DIR/ended.${NODE_RANK:-0}" status=0
-    rm -f "$ended"
+    local ended="$SAVE_DIR/ended" status=0 launcher how
+    rm -f "$ended" # no process starts before all machines have come here
     "$@" bash "$ROOT/examples/cluster/rank.sh" "$ended" "${TRAIN[@]}" >>"$SAVE_DIR/train.log" 2>&1 &
-    local launcher=$!
+    launcher=$!
     # shellcheck disable=SC2064  # expanded now
-    trap "kill -TERM $launcher" TERM USR1
+    trap "kill -TERM $launcher 2>/dev/null || true" TERM USR1
     while kill -0 "$launcher" 2>/dev/null; do # a signal ends a wait, too
         wait "$launcher" || true
     done
     wait "$launcher" || status=$?
-    case "$(head -n 1 "$ended" 2>/dev/null)" in
-        stopped)
-            echo "stopped by a signal: run this again to go on"
-            exit "$STOPPED"
-            ;;
-        ?*) fail "$(head -n 1 "$ended"): see $SAVE_DIR/train.log; run this again to go on" ;;
-    esac
-    [ "$status" = 0 ] || fail "$1 failed: see $SAVE_DIR/train.log; run this again to go on"
+    how="$(head -n 1 "$ended" 2>/dev/null || true)"
+    if [ "$how" = stopped ]; then
+        echo "stopped by a signal: run this again to go on"
+        return "$STOPPED"
+    fi
+    [ "$status" = 0 ] ||
+        fail "${how:-$1 failed}: see $SAVE_DIR/train.log; run this again to go on"
 }

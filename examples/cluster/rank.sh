@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One process of a run, started by torchrun or srun: gives the command its place among all.
 #   bash examples/cluster/rank.sh FILE COMMAND...
-# The first line of FILE tells how the processes of this machine ended, unless they finished.
+# The first line of FILE tells how the first of them ended, unless they finished.
 set -uo pipefail
 ended="$1"
 shift

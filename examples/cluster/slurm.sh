@@ -23,10 +23,8 @@ MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 export MASTER_ADDR MASTER_PORT
 
 begin_on "$SLURM_NTASKS"
-status=0
-(train_on srun --kill-on-bad-exit=1) || status=$?
-if [ "$status" = "$STOPPED" ]; then
+train_on srun --kill-on-bad-exit=1 || {
     scontrol requeue "$SLURM_JOB_ID"
-fi
-[ "$status" = 0 ] || exit "$status"
+    exit "$STOPPED"
+}
 end_run
