@@ -22,7 +22,7 @@ def register():
             light,
             models,
             optim,
-            processes,
+            stopping,
             tasks,
         )
 
@@ -32,7 +32,7 @@ def register():
     checkpoints.report_unwritable_save_dir()
     checkpoints.tell_what_is_loaded()
     light.complete_what_is_loaded()
-    processes.end_early()
+    stopping.end_early()
 
 
 if not _IS_CONSOLE_COMMAND:

@@ -119,6 +119,7 @@ def _import():
 
     for name in COMMANDS:
         import_module(f"fairseq_cli.{name}")
+    import_module("torch._dynamo")  # every optimizer imports it when it is made
     for name in [name for name in sys.modules if name.partition(".")[0] == "fairseq_cli"]:
         del sys.modules[name]  # they set logging up, each in its way
     logging.root.handlers.clear()

@@ -9,10 +9,13 @@ from fairseq.distributed.utils import all_reduce
 
 @contextmanager
 def only_present(module):
-    """While it lasts, fairseq's legacy_ddp reduces the gradients that some process has.
+    """While it lasts, fairseq's legacy_ddp reduces the gradients that some process has, and those
+    alone.
 
-    It would send zeros for all others. Which those are, the processes tell each other first, in one
-    byte for each trained parameter; no other backend lets itself be told.
+    On its own it sends a whole buffer, which is as large as all parameters, frozen ones too, up to
+    1 GiB in fp32, with zeros for languages without a sentence. Which gradients there are, the
+    processes tell each other first, in one byte for each trained parameter. No other backend lets
+    itself be told.
 
     Args:
         module: the model as the trainer wraps it
@@ -22,18 +25,19 @@ def only_present(module):
     if module is None:
         yield
         return
-    everything = module.per_device_params
+    everything, limit = module.per_device_params, module.buffer_size
     trained = [[p for p in params if p.requires_grad] for params in everything]
     given = [p.grad is not None for params in trained for p in params]
     device = next(p.device for params in trained for p in params)
     given = torch.tensor(given, dtype=torch.uint8, device=device)
     all_reduce(given, module.process_group, op="max")
     wanted = iter(given.tolist())
-    module.per_device_params = [[p for p in params if next(wanted)] for params in trained]
-    # fairseq makes its buffer, of which the frozen base has no use, in the first update
-    size = sum(p.numel() for params in trained for p in params)
-    module.buffer_size = min(module.buffer_size, size)
+    present = [[p for p in params if next(wanted)] for params in trained]
+    module.per_device_params = present
+    module.buffer_size = min(limit, sum(p.numel() for params in present for p in params))
+    module.buffer = None  # made anew, of this size
     try:
         yield
     finally:
-        module.per_device_params = everything
+        module.per_device_params, module.buffer_size = everything, limit
+        module.buffer = None

@@ -25,7 +25,7 @@ from lslora_fairseq.light import Light, given_base
 from lslora_fairseq.lora.plan import SIDES
 from lslora_fairseq.models.stacks import LANG_IDS, ignore_languages
 from lslora_fairseq.optim.pruned import PrunedOptimizer
-from lslora_fairseq.processes import StopRequest
+from lslora_fairseq.stopping import StopRequest
 from lslora_fairseq.tasks import options
 from lslora_fairseq.tasks.lang_ids import (
     DirectionIds,

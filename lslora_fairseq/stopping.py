@@ -56,14 +56,19 @@ def end_early():
 
     if getattr(Trainer.train_step, "ending_early", False):
         return
-    get_train_iterator, train_step = Trainer.get_train_iterator, Trainer.train_step
+    load_checkpoint, get_train_iterator = Trainer.load_checkpoint, Trainer.get_train_iterator
+    train_step = Trainer.train_step
 
-    @functools.wraps(get_train_iterator)
+    @functools.wraps(load_checkpoint)
     def listening(self, *args, **kwargs):
-        self.lslora_iterator = get_train_iterator(self, *args, **kwargs)
         options = self.cfg.checkpoint
         if hasattr(self.task, "stop") and not (options.no_save or options.no_last_checkpoints):
             self.task.stop.listen()
+        return load_checkpoint(self, *args, **kwargs)
+
+    @functools.wraps(get_train_iterator)
+    def remembering(self, *args, **kwargs):
+        self.lslora_iterator = get_train_iterator(self, *args, **kwargs)
         return self.lslora_iterator
 
     @functools.wraps(train_step)
@@ -73,9 +78,10 @@ def end_early():
             _save_and_stop(self)
         return output
 
-    Trainer.get_train_iterator, Trainer.train_step = listening, stopping
-    for name in ("load_checkpoint", "train_step", "valid_step"):
-        setattr(Trainer, name, _telling_of_the_others(getattr(Trainer, name)))
+    Trainer.get_train_iterator = remembering
+    Trainer.load_checkpoint = _telling_of_the_others(listening)
+    Trainer.train_step = _telling_of_the_others(stopping)
+    Trainer.valid_step = _telling_of_the_others(Trainer.valid_step)
     Trainer.train_step.ending_early = True
 
 
