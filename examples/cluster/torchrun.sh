@@ -20,7 +20,7 @@ activate_python
 PROCESSES="${PROCESSES:-$(python -c 'import torch; print(torch.cuda.device_count())')}"
 [ "$PROCESSES" -gt 0 ] || fail "there is no GPU: PROCESSES says how many processes to start"
 begin_on $((NODES * PROCESSES))
-train_on python -m torch.distributed.run --nnodes "$NODES" --node-rank "$NODE_RANK" \
-    --nproc-per-node "$PROCESSES" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" \
-    --no-python
+train_on python -m torch.distributed.run --nnodes "$NODES" --node_rank "$NODE_RANK" \
+    --nproc_per_node "$PROCESSES" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" \
+    --no_python
 [ "$NODE_RANK" != 0 ] || end_run
