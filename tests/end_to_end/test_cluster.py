@@ -143,12 +143,15 @@ class Cluster:
 
     def send(self, number, rank, name, line, times):
         """Sends a signal to one process once the log of the run has a line so many times."""
+        self.wait_for(name, line, times)
+        os.kill(int((self.pids / str(rank)).read_text()), number)
+
+    def wait_for(self, name, line, times):
         deadline = time.monotonic() + 120
         while self.log(name).count(line) < times:
             assert time.monotonic() < deadline, self.log(name)[-3000:]
             time.sleep(0.02)
         assert are_connected("127.0.0.1", "127.0.0.2")
-        os.kill(int((self.pids / str(rank)).read_text()), number)
 
     def checkpoint(self, name):
         return torch.load(self.folder / name / "checkpoint_last.pt")
@@ -234,3 +237,24 @@ def test_a_killed_process_and_a_signal_change_no_bit(cluster, whole):
     assert same(state["last_optimizer_state"], whole["last_optimizer_state"])
     for status, out, err in ended(*cluster.torchrun("disturbed")):
         assert (status, out, err) == (0, f"{cluster.folder}/disturbed is finished\n", "")
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_the_scripts_stops_all_processes(cluster, whole):
+    machines = cluster.torchrun("asked")
+    cluster.wait_for("asked", "begin training epoch 1", 1)
+    machines[1].terminate()
+    for status, out, err in ended(*machines):
+        assert (status, err) == (STOPPED, "")
+        assert out.endswith("stopped by a signal: run this again to go on\n")
+    assert not (cluster.folder / "asked" / "finished").exists()
+    for status, _, err in ended(*cluster.torchrun("asked")):
+        assert (status, err) == (0, "")
+    assert same(cluster.checkpoint("asked")["model"], whole["model"])
+
+
+def test_batches_that_processes_cannot_share_evenly_are_refused(cluster):
+    three = cluster.start("cluster/torchrun.sh", "three", PROCESSES="3")
+    [(status, out, err)] = ended(three)
+    assert (status, out) == (1, "") and err.count("\n") == 1
+    assert err.startswith("cluster: error: UPDATE_FREQ=4 batches make an update, which 3 processes")
