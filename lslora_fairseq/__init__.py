@@ -19,10 +19,10 @@ def register():
         from lslora_fairseq import (  # noqa: F401
             checkpoints,
             criterions,
-            distributed,
             light,
             models,
             optim,
+            stopping,
             tasks,
         )
 
@@ -32,7 +32,8 @@ def register():
     checkpoints.report_unwritable_save_dir()
     checkpoints.tell_what_is_loaded()
     light.complete_what_is_loaded()
-    distributed.reduce_what_is_trained()
+    optim.reduce_what_is_trained()
+    stopping.end_early()
 
 
 if not _IS_CONSOLE_COMMAND:

@@ -85,14 +85,18 @@ def shims():
     made = folder() / "bin"
     made.mkdir(exist_ok=True)
     for name in ("python", "lslora", *(f"fairseq-{command}" for command in COMMANDS)):
-        script = Path(sys.executable).parent / name
-        (made / name).write_text(
-            f"#!{sys.executable} -IS\n"
-            f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-            f"import forkserver\nforkserver.stand_in({str(script)!r}, {str(folder())!r})\n"
-        )
-        (made / name).chmod(0o755)
+        shim(made / name, Path(sys.executable).parent / name)
     return made
+
+
+def shim(path, script):
+    """Makes a command that is a Python *script* run by the server."""
+    path.write_text(
+        f"#!{sys.executable} -IS\n"
+        f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        f"import forkserver\nforkserver.stand_in({str(script)!r}, {str(folder())!r})\n"
+    )
+    path.chmod(0o755)
 
 
 def stand_in(script, server):
@@ -102,7 +106,10 @@ def stand_in(script, server):
         if argv[1:2] != ["-m"]:
             os.execv(script, argv)
         argv = argv[1:]
-    status = Process(server, argv, dict(os.environ), [0, 1, 2]).wait()
+    process = Process(server, argv, dict(os.environ), [0, 1, 2])
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda number, _: os.kill(process.pid, number))
+    status = process.wait()
     sys.exit(status if status >= 0 else 128 - status)  # as a shell has it
 
 
@@ -112,6 +119,7 @@ def _import():
 
     for name in COMMANDS:
         import_module(f"fairseq_cli.{name}")
+    import_module("torch._dynamo")  # every optimizer imports it when it is made
     for name in [name for name in sys.modules if name.partition(".")[0] == "fairseq_cli"]:
         del sys.modules[name]  # they set logging up, each in its way
     logging.root.handlers.clear()

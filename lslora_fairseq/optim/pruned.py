@@ -13,6 +13,7 @@ from fairseq.optim import (
 from lslora_fairseq.config import PruningConfig
 from lslora_fairseq.errors import listed, one_line_errors
 from lslora_fairseq.optim.language_optimizer import LanguageOptimizer
+from lslora_fairseq.optim.reduction import only_present
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +85,10 @@ class PrunedOptimizer(FairseqOptimizer):
                 self._share = share
                 self._log()
         return optimizer.pruner.sparsity
+
+    def all_reduce_grads(self, module):
+        with only_present(module):
+            super().all_reduce_grads(module)
 
     def _log(self):
         pruner = self.optimizer.pruner

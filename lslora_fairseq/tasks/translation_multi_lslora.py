@@ -25,6 +25,7 @@ from lslora_fairseq.light import Light, given_base
 from lslora_fairseq.lora.plan import SIDES
 from lslora_fairseq.models.stacks import LANG_IDS, ignore_languages
 from lslora_fairseq.optim.pruned import PrunedOptimizer
+from lslora_fairseq.stopping import StopRequest
 from lslora_fairseq.tasks import options
 from lslora_fairseq.tasks.lang_ids import (
     DirectionIds,
@@ -55,6 +56,10 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
     base_dtype = None  # what the frozen base is cast to, or None
     _read_ids = None
     _epoch = 1
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.stop = StopRequest()
 
     @staticmethod
     def add_args(parser):
@@ -410,7 +415,15 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
             for layer, share in model.source_shares().items():
                 name = f"p_source/{layer}"  # TensorBoard draws names with one prefix together
                 metrics.log_scalar(name, share, weight=0, priority=700, round=4)
-        return super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad)
+        loss, sample_size, logging_output = super().train_step(
+            sample, model, criterion, optimizer, update_num, ignore_grad
+        )
+        self.stop.tell(logging_output)
+        return loss, sample_size, logging_output
+
+    def reduce_metrics(self, logging_outputs, criterion):
+        super().reduce_metrics(logging_outputs, criterion)
+        self.stop.hear(logging_outputs)
 
     def optimizer_step(self, optimizer, model, update_num):
         super().optimizer_step(optimizer, model, update_num)

@@ -1,4 +1,5 @@
-"""A run killed with SIGKILL and started again ends in the same bits as one never killed."""
+"""A run that is killed, or stopped by a signal, and started again ends in the same bits as one that
+was never disturbed."""
 
 import os
 import signal
@@ -19,8 +20,9 @@ SCHEDULES = {
 }  # fmt: skip
 
 
-def start_and_kill(args, line, log):
-    """Starts fairseq-train and kills it when its output has reached *line*."""
+def start_and_end(args, line, log, number=signal.SIGKILL, status=-signal.SIGKILL):
+    """Starts fairseq-train and sends it a signal, of which it ends, when its output has reached
+    *line*; returns what it printed from there on."""
     reading, writing = os.pipe()
     with open(reading) as out, open(log, "w") as errors:
         with open(os.devnull) as nothing, open(writing, "w") as written:
@@ -32,8 +34,10 @@ def start_and_kill(args, line, log):
                 break
         else:
             pytest.fail(f"the run ended before {line!r}; see {log}")
-        os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+        os.kill(process.pid, number)
+        rest = out.read()
+    assert process.wait() == status
+    return rest
 
 
 @pytest.mark.parametrize(
@@ -56,7 +60,10 @@ def test_killed_run_ends_in_the_same_bits(corpus, tmp_path, unit):
         "Saving checkpoint to",  # while a file is written
     ]
     for line in moments:
-        start_and_kill(args("killed"), line, tmp_path / "log")
+        start_and_end(args("killed"), line, tmp_path / "log")
+    line = "begin training epoch 3"
+    said = start_and_end(args("killed"), line, tmp_path / "log", signal.SIGTERM, 75)
+    assert "stopped by a signal after" in said
     run("fairseq-train", *args("killed"), fresh=unit == "epoch")  # one with another order of hashes
     whole, killed = (
         torch.load(tmp_path / name / "checkpoint_last.pt") for name in ("whole", "killed")

@@ -16,8 +16,10 @@ from fairseq.criterions import CRITERION_REGISTRY
 from fairseq.distributed import ModuleProxyWrapper
 from fairseq.models import DistributedFairseqModel
 from torch.nn.parallel import DistributedDataParallel
-from toy import batch, build, set_adapters
+from toy import adapters, batch, build, set_adapters
 from updates import SIDES, optimizer_for, same, snapshot
+
+from lslora_fairseq.lora.adapters import Adapter
 
 EVERYONE = [(0, 1), (1, 2), (2, 3), (3, 0)]
 # update -> rank -> directions of each of its batches; ja (3) has sentences in the first alone
@@ -70,7 +72,8 @@ def train(model, ranks, mode, wrapped=None):
         wrapped: the model with the wrapper that reduces gradients, if there are other processes
 
     Returns:
-        after every update, (the model's state, the optimizer's, what ja owns)
+        after every update, (the model's state, the optimizer's, what ja owns, the bytes that were
+        sent to reduce gradients)
     """
     optimizer = optimizer_for(model, weight_decay=0.1)
     states = []
@@ -84,13 +87,28 @@ def train(model, ranks, mode, wrapped=None):
                 net_input = batch(sentences[rank][number], seed=100 * update + 10 * rank + number)
                 loss = loss_of(wrapped or model, net_input, mode)
                 optimizer.backward(loss / len(ranks))
-        optimizer.all_reduce_grads(wrapped)
+        with counted() as sent:
+            optimizer.all_reduce_grads(wrapped)
         optimizer.clip_grad_norm(1.0)
         optimizer.step()
         with torch.no_grad():
             ja = [snapshot(model, optimizer, 3, side) for side in SIDES]
-        states.append(copy.deepcopy((model.state_dict(), optimizer.state_dict(), ja)))
+        states.append(copy.deepcopy((model.state_dict(), optimizer.state_dict(), ja, sum(sent))))
     return states
+
+
+@contextlib.contextmanager
+def counted():
+    """The bytes of each tensor that is reduced meanwhile, but for what torch's C++ code sends."""
+    sent, all_reduce = [], torch.distributed.all_reduce
+
+    def counting(tensor, *args, **kwargs):
+        sent.append(tensor.nbytes)
+        return all_reduce(tensor, *args, **kwargs)
+
+    torch.distributed.all_reduce = counting
+    yield sent
+    torch.distributed.all_reduce = all_reduce
 
 
 def wrap(model, mode):
@@ -139,7 +157,7 @@ def test_all_ranks_have_the_same_bits(two, mode):
 def test_they_are_those_of_one_process(two, mode):
     alone = made(mode, lora_embedding_rank=MODES[mode].get("lora_embedding_rank", 0))
     expected = train(alone, [0, 1], mode)
-    for (model, _, _), (alone, _, _) in zip(two[0][mode], expected):
+    for (model, *_), (alone, *_) in zip(two[0][mode], expected):
         assert model.keys() == alone.keys()
         for key, value in alone.items():
             torch.testing.assert_close(model[key], value, atol=1e-6, rtol=0, msg=key)
@@ -150,3 +168,15 @@ def test_a_language_seen_by_no_rank_keeps_every_bit(two, mode):
     before, after = two[0][mode][-2:]  # pruning is over
     assert same(before[2], after[2])
     assert not same(before[0], after[0])
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode.startswith("legacy_ddp")])
+def test_only_the_gradients_of_languages_present_are_sent(two, mode):
+    """And one byte for each parameter, which tells what is present."""
+    params = adapters(build(**MODES[mode]))
+    for directions, (*_, sent) in zip(SENTENCES, two[0][mode]):
+        pairs = [pair for batches in directions for sentences in batches for pair in sentences]
+        present = dict(zip(SIDES, map(set, zip(*pairs))), shared={0})
+        wanted = [p for p in params if Adapter.of(p).language in present[Adapter.of(p).side]]
+        assert sent == len(params) + sum(p.nbytes for p in wanted)
+        assert (len(wanted) == len(params)) == (directions is SENTENCES[0])
