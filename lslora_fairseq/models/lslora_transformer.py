@@ -202,7 +202,7 @@ class LSLoTransformerModel(TransformerModel):
         return found
 
     def state_dict(self, *args, **kwargs):
-        """As torch's; the base is as it was loaded from its checkpoint, whatever it is cast to."""
+        """As torch's; in training, a base that was cast is as its checkpoint has it."""
         state = super().state_dict(*args, **kwargs)
         if self.is_cast:
             restore_base(self, state, kwargs.get("prefix", ""))
