@@ -4,6 +4,7 @@ import functools
 import logging
 import re
 import signal
+import threading
 from contextlib import contextmanager
 
 import torch
@@ -32,10 +33,11 @@ class StopRequest:
     asked = agreed = False
 
     def listen(self):
-        """From here on a signal does not end the process. Only the main thread may call it, and
-        before processes that load data are forked, which inherit that."""
-        for number in SIGNALS:
-            signal.signal(number, self._note)
+        """From here on a signal does not end the process. Outside the main thread, which alone may
+        say so, nothing is changed."""
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                signal.signal(number, self._note)
 
     def _note(self, number, frame):
         self.asked = True
@@ -61,9 +63,9 @@ def end_early():
 
     @functools.wraps(load_checkpoint)
     def listening(self, *args, **kwargs):
-        options = self.cfg.checkpoint
-        if hasattr(self.task, "stop") and not (options.no_save or options.no_last_checkpoints):
-            self.task.stop.listen()
+        stop, options = _request(self), self.cfg.checkpoint
+        if stop is not None and not (options.no_save or options.no_last_checkpoints):
+            stop.listen()
         return load_checkpoint(self, *args, **kwargs)
 
     @functools.wraps(get_train_iterator)
@@ -74,7 +76,8 @@ def end_early():
     @functools.wraps(train_step)
     def stopping(self, *args, **kwargs):
         output = train_step(self, *args, **kwargs)
-        if hasattr(self.task, "stop") and self.task.stop.agreed:
+        stop = _request(self)
+        if stop is not None and stop.agreed:
             _save_and_stop(self)
         return output
 
@@ -83,6 +86,12 @@ def end_early():
     Trainer.train_step = _telling_of_the_others(stopping)
     Trainer.valid_step = _telling_of_the_others(Trainer.valid_step)
     Trainer.train_step.ending_early = True
+
+
+def _request(trainer):
+    """The :class:`StopRequest` of the task, or None of another task."""
+    stop = getattr(trainer.task, "stop", None)
+    return stop if isinstance(stop, StopRequest) else None
 
 
 def _save_and_stop(trainer):

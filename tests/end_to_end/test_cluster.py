@@ -94,6 +94,7 @@ class Cluster:
             "PRUNING_DURATION": "1",
             "MAX_TOKENS": "600",
             "UPDATE_FREQ": "4",
+            "LR": "3e-4",  # Adam takes steps of that size where gradients are but rounding
             "DROPOUT": "0",  # a process draws the same for all its batches of an update
             "ATTENTION_DROPOUT": "0",
             "EXTRA_TRAIN_ARGS": " ".join(
