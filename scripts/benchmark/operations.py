@@ -27,9 +27,7 @@ from benchmark.shapes import Setting
 from lslora_fairseq.lora import routing
 
 aten = torch.ops.aten
-SHAPE = Setting(
-    layers=12, dim=32, ffn=64, heads=2, words=500, sentences=120, dropout=0.0
-)  # of M2M-124 615M, but narrow
+SHAPE = Setting(12, 16, 32, 2, words=100, sentences=120, dropout=0.0)  # M2M-124 615M, but narrow
 BEAM = 5
 ASKING = {  # their result, or its size, is known once the device has done its work
     aten._local_scalar_dense,
@@ -55,6 +53,7 @@ class Operations(TorchDispatchMode):
         super().__init__()
         self.count = self.waits = 0
         self._reading = _Reading(self)
+        self._on_host = {}  # storages of what is computed from shapes, by address
 
     def __enter__(self):
         self._reading.__enter__()
@@ -67,16 +66,22 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.count += not func.is_view and func is not aten.detach.default
         result = func(*args, **(kwargs or {}))
-        tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
-        if func is not aten._shape_as_tensor.default and not _on_host(tensors):
+        storages = [arg.untyped_storage() for arg in args if isinstance(arg, torch.Tensor)]
+        if storages and all(s.data_ptr() in self._on_host for s in storages):
+            if isinstance(result, torch.Tensor):
+                self.keep_on_host(result)
+        else:
             self.waits += _asks(func, args)
-        elif isinstance(result, torch.Tensor):
-            result.is_on_host = True
         return result
+
+    def keep_on_host(self, tensor):
+        """Notes that a tensor lies on the host whatever the device, so that reading it is free."""
+        storage = tensor.untyped_storage()
+        self._on_host[storage.data_ptr()] = storage
 
 
 class _Reading(TorchFunctionMode):
-    """Adds the reading of whole tensors to *operations*."""
+    """Tells *operations* of what is not dispatched: reading whole tensors, and making shapes."""
 
     def __init__(self, operations):
         super().__init__()
@@ -84,12 +89,10 @@ class _Reading(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         self.operations.waits += func in READING
-        return func(*args, **(kwargs or {}))
-
-
-def _on_host(tensors):
-    """Whether tensors were computed from shapes, which lie on the host whatever the device."""
-    return bool(tensors) and all(hasattr(tensor, "is_on_host") for tensor in tensors)
+        result = func(*args, **(kwargs or {}))
+        if func is torch._shape_as_tensor:
+            self.operations.keep_on_host(result)
+        return result
 
 
 def _asks(func, args):
