@@ -5,15 +5,23 @@ import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
-import benchmark
-import benchmark_615m
-import benchmark_loss
-import benchmark_models
-import benchmark_sections
 import pytest
 import torch
-from benchmark_models import FrozenBase, LanguageLoop, Ours, Setting, SharedLoRA
-from benchmark_report import Spread, ratios
+from benchmark import (
+    command,
+    contenders,
+    lifecycle,
+    loss,
+    measuring,
+    memory,
+    operations,
+    shapes,
+    steps,
+)
+from benchmark.contenders import CONTENDERS, FrozenBase, LanguageLoop, Ours, SharedLoRA
+from benchmark.report import Spread, ratios
+from benchmark.shapes import Setting
+from fairseq.models.transformer import TransformerModel
 from torch import nn
 
 from lslora_fairseq.errors import ConfigError
@@ -25,10 +33,11 @@ LANGUAGES = 4
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     """The benchmark at sizes that take no time, in one process."""
-    monkeypatch.setitem(benchmark.PRESETS, "cpu-small", TINY)
-    monkeypatch.setattr(benchmark_models, "M2M_615M", TINY)
-    monkeypatch.setattr(benchmark_sections, "MANY_LANGUAGES", 20)
-    for module in (benchmark_sections, benchmark_615m, benchmark_loss):
+    monkeypatch.setitem(shapes.PRESETS, "cpu-small", TINY)
+    monkeypatch.setattr(shapes, "M2M_615M", TINY)
+    monkeypatch.setattr(operations, "SHAPE", replace(TINY, dropout=0.0))
+    monkeypatch.setattr(steps, "MANY_LANGUAGES", 20)
+    for module in (memory, lifecycle, loss):
         monkeypatch.setattr(module, "in_own_process", lambda f, *args: f(*args))
 
 
@@ -109,8 +118,8 @@ def test_shared_lora_is_the_loop_of_one_language():
 
 def test_what_each_contender_trains():
     names = {}
-    for label, kind in benchmark_models.CONTENDERS.items():
-        if label not in (benchmark_models.HF_FROZEN, benchmark_models.HF_PEFT):
+    for label, kind in CONTENDERS.items():
+        if label not in (contenders.HF_FROZEN, contenders.HF_PEFT):
             contender = kind(TINY, LANGUAGES)
             named = contender.model.named_parameters()
             names[label] = [name for name, param in named if param.requires_grad]
@@ -120,7 +129,7 @@ def test_what_each_contender_trains():
             before = [p.clone() for p in contender.trainable()]
             contender.update()
             moved = [not torch.equal(a, b) for a, b in zip(before, contender.trainable())]
-            frozen = (benchmark_models.FROZEN, benchmark_models.CONTIGUOUS)
+            frozen = (contenders.FROZEN, contenders.CONTIGUOUS)
             assert any(moved) != (label in frozen), label
     assert len(names["frozen base"]) == 6
     assert all(name.endswith("_proj.bias") for name in names["frozen base"])
@@ -129,13 +138,13 @@ def test_what_each_contender_trains():
     assert len(names["shared LoRA (rank 8)"]) == 2 * count
     assert len(names["per-language loop"]) == 2 * count * LANGUAGES
     adapters_and_w = 2 * LANGUAGES + 1  # of a layer
-    assert len(names[benchmark_models.BOTH_SIDES]) == 2 * TINY.layers * adapters_and_w
+    assert len(names[contenders.BOTH_SIDES]) == 2 * TINY.layers * adapters_and_w
 
 
 def test_ranks_of_the_package_are_those_of_the_loop():
     ours = Ours(TINY, 7)
-    assert list(ours.model.languages.codes) == benchmark_models.codes(7)
-    assert list(ours.model.plan.ranks) == benchmark_models.ranks(7) == [8, 2, 2, 8, 2, 2, 8]
+    assert list(ours.model.languages.codes) == shapes.codes(7)
+    assert list(ours.model.plan.ranks) == shapes.ranks(7) == [8, 2, 2, 8, 2, 2, 8]
 
 
 def test_batch():
@@ -150,13 +159,13 @@ def test_batch():
 
 
 def test_base_parameters():
-    modules = TINY.build(benchmark_models.TransformerModel).modules()
+    modules = TINY.build(TransformerModel).modules()
     matrices = {m.weight for m in modules if isinstance(m, (nn.Linear, nn.Embedding))}
     assert TINY.base_parameters == sum(matrix.numel() for matrix in matrices)
 
 
 def test_record_holds_what_the_tables_say(tmp_path, capsys):
-    benchmark.main(
+    command.main(
         ["--languages", "4,1", "--repetitions", "2", "--threads", "1", "--loop-up-to", "3"]
         + ["--sections", "step,memory,decode,optimizer,pruning", "--out", str(tmp_path)]
     )
@@ -191,23 +200,20 @@ def test_record_holds_what_the_tables_say(tmp_path, capsys):
     assert {"lslora_fairseq, 1 language", "lslora_fairseq, 4 languages"} < memory.keys()
 
 
-@pytest.mark.parametrize("kind", ["", benchmark_loss.ADAPTED])
+@pytest.mark.parametrize("kind", ["", loss.ADAPTED])
 def test_both_losses_are_the_same(kind):
-    losses = [
-        benchmark_loss.Loss(TINY, label + kind).run()
-        for label in (benchmark_loss.STOCK, benchmark_loss.OURS)
-    ]
+    losses = [loss.Loss(TINY, label + kind).run() for label in (loss.STOCK, loss.OURS)]
     torch.testing.assert_close(*losses)
 
 
 def test_losses_and_the_memory_of_steps():
     options = SimpleNamespace(repetitions=2, threads=1)
-    plain, adapted = benchmark_loss.loss(options).tables
+    plain, adapted = loss.loss(options).tables
     for table in (plain, adapted):
         stock, ours = table.rows.values()
         assert stock[1].median == stock[3].median == 1 and ours[1].median > 0
-    (table,) = benchmark_loss.loss_step(options).tables
-    assert list(table.rows) == ["full fine-tuning", benchmark_models.STOCK_LOSS, "lslora_fairseq"]
+    (table,) = loss.loss_step(options).tables
+    assert list(table.rows) == ["full fine-tuning", contenders.STOCK_LOSS, "lslora_fairseq"]
 
 
 @pytest.mark.slow
@@ -215,8 +221,8 @@ def test_startup(monkeypatch, capfd):
     def once(name, runs, repetitions):
         return {label: [run()] for label, run in runs.items()}
 
-    monkeypatch.setattr(benchmark_615m, "interleaved", once)
-    (table,) = benchmark_615m.startup(SimpleNamespace(repetitions=1, threads=1)).tables
+    monkeypatch.setattr(lifecycle, "interleaved", once)
+    (table,) = lifecycle.startup(SimpleNamespace(repetitions=1, threads=1)).tables
     assert list(table.rows) == ["fairseq alone", "lslora_fairseq"]
     for seconds, _, peak, _ in table.rows.values():
         assert seconds.median > 0.5 and peak.median > 100
@@ -226,7 +232,7 @@ def test_startup(monkeypatch, capfd):
 @pytest.mark.slow
 def test_lifecycle():
     """Real commands: a model is trained, resumed, pruned, merged and decoded."""
-    result = benchmark_615m.lifecycle(SimpleNamespace(threads=1))
+    result = lifecycle.lifecycle(SimpleNamespace(threads=1))
     assert len(result.tables[0].rows) == 6
     assert result.raw["checkpoint"] > result.raw["checkpoint (light)"] > 1000
     for seconds, peak in result.tables[0].rows.values():
@@ -235,20 +241,20 @@ def test_lifecycle():
 
 def test_startup_needs_room(monkeypatch):
     usage = SimpleNamespace(free=1000)
-    monkeypatch.setattr(benchmark_615m.shutil, "disk_usage", lambda folder: usage)
+    monkeypatch.setattr(lifecycle.shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(ConfigError, match="--sections startup writes .* set TMPDIR"):
-        benchmark_615m.startup(SimpleNamespace(repetitions=1, threads=1))
+        lifecycle.startup(SimpleNamespace(repetitions=1, threads=1))
 
 
 def test_a_command_that_fails_is_told():
     with pytest.raises(ConfigError, match="no_such_module ended with status 1: .*No module named"):
-        benchmark_615m.run_command([sys.executable, "-m", "no_such_module"], 1)
+        lifecycle.run_command([sys.executable, "-m", "no_such_module"], 1)
 
 
 def test_repetitions_are_interleaved():
     order = []
     runs = {name: lambda name=name: order.append(name) or len(order) for name in "abc"}
-    found = benchmark_sections.interleaved("test", runs, 2)
+    found = measuring.interleaved("test", runs, 2)
     assert "".join(order) == "abc" + "bca" + "cab"  # a warm-up comes first
     assert found == {"a": [6, 8], "b": [4, 9], "c": [5, 7]}
 
@@ -275,15 +281,15 @@ def test_bad_options_are_one_line(arguments, message, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as stopped:
-        benchmark.main(arguments)
+        command.main(arguments)
     line = str(stopped.value)
     assert line.startswith("lslora: error: ") and message in line and "\n" not in line
     assert not list(tmp_path.iterdir())
 
 
 def test_without_matplotlib_the_remedy_comes_first(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(benchmark, "can_draw", lambda: False)
-    benchmark.main(
+    monkeypatch.setattr(command, "can_draw", lambda: False)
+    command.main(
         ["--languages", "1", "--repetitions", "1", "--threads", "1", "--sections", "step"]
         + ["--out", str(tmp_path)]
     )

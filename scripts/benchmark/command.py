@@ -1,97 +1,110 @@
-#!/usr/bin/env python3
-"""Measures what adapters cost, as ratios: interleaved repetitions in one process, medians.
+"""The command: its options, the sections that it runs, and the record that it writes."""
+
+import argparse
+import json
+import os
+import platform
+import re
+import textwrap
+from dataclasses import asdict, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from benchmark import decoding, lifecycle, loss, memory, operations, steps
+from benchmark.contenders import FROZEN
+from benchmark.measuring import progress
+from benchmark.report import can_draw, draw
+from benchmark.shapes import DTYPES, PRESETS
+from lslora_fairseq.errors import ConfigError, one_line_errors
+
+DESCRIPTION = """Measures what adapters cost, as ratios: interleaved repetitions in one process,
+medians.
 
 Compared are the frozen base without adapters (the limit), full fine-tuning, one LoRA for all
 languages, one LoRA per language applied by a loop of boolean masks (the obvious implementation),
 this package, the same with --lora-weight-learning, and PEFT on a Hugging Face model of the same
 shape where peft and transformers are installed. Of the languages every third has rank 8, the others
 rank 2; the encoder is indexed by the source language, the decoder by the target language.
-
-sections:
-  step       training step: forward and backward, clipping and optimizer
-  memory     peak memory of training steps, each kind in a process of its own
-  decode     beam search of one direction and of mixed directions
-  evaluate   batches of several directions as lslora evaluate makes them, against merging one
-  optimizer  12 languages against 200 of which 12 are in the batch
-  loss       projection, loss and their backward pass over the words of M2M-124, against fairseq's
-             criterion (needs about 8 GB of memory)
-  loss-step  peak memory of training steps in the shape of M2M-124 615M (needs about 20 GB)
-  pruning    one pruning in the shape of M2M-124 615M (needs about 3 GB of memory)
-  startup    fairseq-train up to its first update on a base of that size, against fairseq alone
-             (needs about 6 GB of memory and writes 3 GB to the folder for temporary files)
-  lifecycle  a base of that size through load, update, save, resume, pruning, merge and decoding
-             (needs about 10 GB of memory and writes 11 GB)
-
-presets:
-  cpu-small  d 512, feed-forward 2048, 6 + 6 layers, 8 heads, 16,000 words
-  cpu-m2m    d 1024, feed-forward 4096, 3 + 3 layers, 16 heads, 16,000 words
-  gpu        d 1024, feed-forward 4096, 12 + 12 layers, 16 heads, 256,000 words; fp32 on CUDA
-
+"""
+REMARKS = """
 Prints tables of medians (min-max) and writes OUT/benchmark.json, with every single measurement, and
 OUT/benchmark.svg. Ratios hold from run to run within a few percent, seconds do not; nothing else
 should run meanwhile. Unless GLIBC_TUNABLES is set, glibc's allocator is told to keep memory for
 reuse: PyTorch's large tensors otherwise cost fresh pages every time.
 
 examples:
-  python scripts/benchmark.py
-  python scripts/benchmark.py --preset cpu-m2m --languages 1,12,100 --sections step,memory
-  python scripts/benchmark.py --sections pruning,startup,lifecycle --repetitions 3
+  python scripts/benchmark
+  python scripts/benchmark --preset cpu-m2m --languages 1,12,100 --sections step,memory
+  python scripts/benchmark --preset gpu --precision bf16 --sections step,memory,decode,operations
+  python scripts/benchmark --sections pruning,startup,lifecycle --repetitions 3
 """
-
-import argparse
-import json
-import logging
-import os
-import platform
-import re
-import sys
-from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-
-import benchmark_615m
-import benchmark_loss
-import benchmark_sections
-import torch
-from benchmark_models import PRESETS
-from benchmark_report import can_draw, draw
-from benchmark_sections import progress
-
-from lslora_fairseq.errors import ConfigError, one_line_errors
-
-SECTIONS = {
-    **benchmark_sections.SECTIONS,
-    **benchmark_loss.SECTIONS,
-    **benchmark_615m.SECTIONS,
+OF_THE_PRESET = {
+    "step": steps.step,
+    "memory": memory.memory,
+    "decode": decoding.decode,
+    "evaluate": decoding.evaluate,
+    "optimizer": steps.optimizer,
+    "operations": operations.operations,
 }
-DEFAULT_SECTIONS = ",".join(benchmark_sections.SECTIONS)
-ALLOCATOR = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184"
+SECTIONS = {
+    **OF_THE_PRESET,
+    "loss": loss.loss,
+    "loss-step": loss.loss_step,
+    "pruning": lifecycle.pruning,
+    "startup": lifecycle.startup,
+    "lifecycle": lifecycle.lifecycle,
+}
+DEFAULT_SECTIONS = ",".join(OF_THE_PRESET)
 PACKAGES = (
     "lslora_fairseq", "torch", "fairseq", "ve-fairseq", "numpy", "transformers", "peft",
 )  # fmt: skip
 
 
+def listing(heading, entries):
+    """Lines of help: a name and its text each."""
+    lines = [
+        textwrap.fill(
+            f"{name:<11} {' '.join(str(text).split())}",
+            100,
+            initial_indent="  ",
+            subsequent_indent=" " * 14,
+        )
+        for name, text in entries.items()
+    ]
+    return "\n".join([f"{heading}:", *lines, ""])
+
+
 def parse_args(argv=None):
+    sections = {name: section.__doc__ for name, section in SECTIONS.items()}
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python scripts/benchmark",
+        description="\n".join(
+            [DESCRIPTION, listing("sections", sections), listing("presets", PRESETS) + REMARKS]
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="cpu-small", help="default: cpu-small")
+    add("--precision", choices=DTYPES, default="fp32",
+        help="of the preset's weights and activations (default: fp32)")  # fmt: skip
     add("--languages", default="1,4,12,30,100,200", metavar="N,N,...",
-        help="numbers of languages of step and memory (default: 1,4,12,30,100,200)")  # fmt: skip
+        help="numbers of languages of step, memory, decode and operations "
+        "(default: 1,4,12,30,100,200)")  # fmt: skip
     add("--sections", default=DEFAULT_SECTIONS, metavar="NAME,NAME,...",
         help=f"what to measure (default: {DEFAULT_SECTIONS})")  # fmt: skip
     add("--repetitions", type=int, default=7, metavar="N", help="default: 7, after a warm-up")
     add("--threads", type=int, default=os.cpu_count(), metavar="N", help="default: all cores")
     add("--loop-up-to", type=int, default=100, metavar="N",
-        help="largest number of languages at which the loop is timed (default: 100)")  # fmt: skip
+        help="largest number of languages at which the loop runs (default: 100)")  # fmt: skip
     add("--out", type=Path, metavar="FOLDER", help="default: benchmark_PRESET")
     return parser.parse_args(argv)
 
 
 def validate(args):
     """Turns the options into values; raises ConfigError before anything is measured."""
-    args.setting = PRESETS[args.preset]
+    args.setting = replace(PRESETS[args.preset], precision=args.precision)
     if args.setting.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             f"--preset {args.preset} needs a CUDA device and torch finds none: choose cpu-small "
@@ -166,12 +179,7 @@ def measure(args):
 
 
 def draw_steps(table, args):
-    setting = args.setting
-    subtitle = (
-        f"{setting.layers} + {setting.layers} layers, d = {setting.dim}, {setting.words:,} words, "
-        f"{setting.sentences} sentences, {setting.device}"
-    )
-    draw(table, "frozen base", subtitle, args.out / "benchmark.svg")
+    draw(table, FROZEN, f"{args.setting}, {args.precision}", args.out / "benchmark.svg")
 
 
 def main(argv=None):
@@ -183,16 +191,3 @@ def main(argv=None):
             progress("matplotlib is not installed, no figure will be drawn: pip install matplotlib")
         torch.set_num_threads(args.threads)
         measure(args)
-
-
-def restart_with_allocator():
-    """glibc reads the setting of its allocator when a process starts."""
-    if platform.libc_ver()[0] == "glibc" and "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = ALLOCATOR
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-
-if __name__ == "__main__":
-    restart_with_allocator()
-    logging.disable(logging.INFO)  # fairseq and the models would tell of every adapter
-    main()

@@ -1,25 +1,16 @@
-"""The sections of benchmark.py about the loss over the words of M2M-124."""
+"""The sections about the loss over the words of M2M-124."""
 
 from functools import partial
 
-import benchmark_models as models
 import torch
 import torch.nn.functional as F
-from benchmark_report import Spread, Table, ratios
-from benchmark_sections import (
-    LANGUAGES,
-    MEGABYTE,
-    Result,
-    current_memory,
-    in_own_process,
-    interleaved,
-    peak_memory,
-    progress,
-    seconds,
-    step_memory,
-)
 from fairseq.criterions.label_smoothed_cross_entropy import label_smoothed_nll_loss
 
+from benchmark import contenders, shapes
+from benchmark.measuring import in_own_process, interleaved, progress, seconds
+from benchmark.memory import MEGABYTE, current_memory, peak_memory, step_memory
+from benchmark.report import Result, Spread, Table, ratios
+from benchmark.shapes import LANGUAGES, PAD
 from lslora_fairseq.criterions.frozen_projection import frozen_projection_loss
 
 TOKENS = 1000
@@ -54,9 +45,7 @@ class Loss:
         """The loss, and the gradients of features and adapter."""
         if self.is_ours:
             projection = self.E, self.A, self.B
-            loss, *_ = frozen_projection_loss(
-                self.x, projection, self.target, 0.1, models.PAD, TOKENS
-            )
+            loss, *_ = frozen_projection_loss(self.x, projection, self.target, 0.1, PAD, TOKENS)
         else:
             flat = self.x.flatten(0, 1)
             logits = F.linear(flat, self.E)
@@ -64,7 +53,7 @@ class Loss:
                 logits.addmm_(F.linear(flat, self.A), self.B)
             log_probs = F.log_softmax(logits, dim=-1, dtype=torch.float)
             loss, _ = label_smoothed_nll_loss(
-                log_probs, self.target.flatten(), 0.1, ignore_index=models.PAD
+                log_probs, self.target.flatten(), 0.1, ignore_index=PAD
             )
         trained = [t for t in (self.x, self.A, self.B) if t is not None]
         return loss.detach(), torch.autograd.grad(loss, trained)
@@ -92,8 +81,9 @@ def loss_times(setting, labels, repetitions):
 
 
 def loss(options):
-    """Projection, loss and backward pass against fairseq's criterion."""
-    setting, tables, raw = models.M2M_615M, [], {"times": {}, "bytes": {}}
+    """Projection, loss and their backward pass over the words of M2M-124, against fairseq's
+    criterion (needs about 8 GB of memory)."""
+    setting, tables, raw = shapes.M2M_615M, [], {"times": {}, "bytes": {}}
     for kind in ("", ADAPTED):
         labels = [STOCK + kind, OURS + kind]
         times = loss_times(setting, labels, options.repetitions)
@@ -119,21 +109,18 @@ def loss(options):
 
 
 def loss_step(options):
-    """Peak memory of training steps of that shape, each kind in a process of its own."""
+    """Peak memory of training steps in the shape of M2M-124 615M (needs about 20 GB)."""
     raw = {}
-    for label in (models.FULL, models.STOCK_LOSS, models.OURS):
+    for label in (contenders.FULL, contenders.STOCK_LOSS, contenders.OURS):
         progress(f"loss-step: {label}")
-        raw[label] = in_own_process(step_memory, models.M2M_615M, label, LANGUAGES, options.threads)
-    full, stock = (raw[label][1] for label in (models.FULL, models.STOCK_LOSS))
+        raw[label] = in_own_process(step_memory, shapes.M2M_615M, label, LANGUAGES, options.threads)
+    full, stock = (raw[label][1] for label in (contenders.FULL, contenders.STOCK_LOSS))
     rows = {
         label: [Spread.of([n]) for n in (above / MEGABYTE, above / full, above / stock)]
         for label, (_, above) in raw.items()
     }
-    columns = ["peak, MiB", f"÷ {models.FULL}", f"÷ {models.STOCK_LOSS}"]
+    columns = ["peak, MiB", f"÷ {contenders.FULL}", f"÷ {contenders.STOCK_LOSS}"]
     title = (
         f"Peak memory of training steps of M2M-124 615M above the weights, {LANGUAGES} languages"
     )
     return Result([Table(title, columns, rows)], {"bytes": raw})
-
-
-SECTIONS = {"loss": loss, "loss-step": loss_step}

@@ -1,7 +1,7 @@
-"""Tables of medians with their spread, and the figure, of benchmark.py."""
+"""What a section returns, tables of medians with their spread, and the figure."""
 
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -18,6 +18,8 @@ class Spread(NamedTuple):
         return cls(statistics.median(values), min(values), max(values))
 
     def __str__(self):
+        if isinstance(self.median, int):
+            return f"{self.median:,}"
         large = self.median >= 100
         text = f"{self.median:,.0f}" if large else f"{self.median:.3f}"
         if self.min == self.max:
@@ -29,6 +31,19 @@ class Spread(NamedTuple):
 def ratios(values, reference):
     """The spread of the ratios within each repetition, which a drift of the clock cannot move."""
     return Spread.of([value / other for value, other in zip(values, reference)])
+
+
+@dataclass
+class Result:
+    """Attributes:
+    tables: list of :class:`Table`
+    raw: every single measurement, plain values
+    notes: lines to print below the tables
+    """
+
+    tables: list
+    raw: dict
+    notes: list = field(default_factory=list)
 
 
 @dataclass

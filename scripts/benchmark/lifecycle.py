@@ -1,4 +1,4 @@
-"""The sections of benchmark.py that need a model of the size of M2M-124 615M."""
+"""The sections that need a model of the size of M2M-124 615M: pruning, startup, a whole life."""
 
 import os
 import shutil
@@ -8,32 +8,27 @@ import tempfile
 import time
 from argparse import Namespace
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
-import benchmark_models as models
 import torch
-from benchmark_report import Spread, Table, ratios
-from benchmark_sections import (
-    LANGUAGES,
-    MEGABYTE,
-    Result,
-    in_own_process,
-    interleaved,
-    progress,
-    seconds,
-)
 from fairseq.models.transformer import TransformerModel
 
+from benchmark import shapes
+from benchmark.contenders import OURS, Ours
+from benchmark.measuring import in_own_process, interleaved, progress, seconds
+from benchmark.memory import MEGABYTE
+from benchmark.report import Result, Spread, Table, ratios
+from benchmark.shapes import LANGUAGES
 from lslora_fairseq.errors import ConfigError
 
-USER_DIR = Path(__file__).resolve().parents[1] / "lslora_fairseq"
+USER_DIR = Path(__file__).resolve().parents[2] / "lslora_fairseq"
 
 
 def pruning(options):
-    """Time of bringing the masks of a 615M model to another sparsity."""
-    setting = models.M2M_615M
-    setting = models.Setting(setting.layers, setting.dim, setting.ffn, setting.heads, words=100)
-    contender = models.Ours(setting, LANGUAGES)
+    """One pruning in the shape of M2M-124 615M (needs about 3 GB of memory)."""
+    setting = replace(shapes.M2M_615M, words=100)
+    contender = Ours(setting, LANGUAGES)
     contender.add_noise()
     # a share that rises in every repetition
     contender.start_optimizer(pruning_begin=0, pruning_duration=options.repetitions + 1)
@@ -64,7 +59,7 @@ def base_model(name, copies):
     Raises:
         ConfigError: the disk has no room for them.
     """
-    setting = models.M2M_615M
+    setting = shapes.M2M_615M
     needed = 5 * setting.base_parameters * copies  # fairseq 0.12.2 saves some weights twice
     with tempfile.TemporaryDirectory() as folder:
         available = shutil.disk_usage(folder).free
@@ -81,13 +76,14 @@ def base_model(name, copies):
 def our_options():
     return [
         "--user-dir", USER_DIR, "--arch", "lslora_transformer", "--optimizer", "pruned_adam",
-        "--task", "translation_multi_lslora", *as_arguments(models.adapter_options(LANGUAGES)),
+        "--task", "translation_multi_lslora", *as_arguments(shapes.adapter_options(LANGUAGES)),
     ]  # fmt: skip
 
 
 def startup(options):
-    """fairseq-train up to its first update, with a base model of 615M."""
-    setting = models.M2M_615M
+    """fairseq-train up to its first update on a base of that size, against fairseq alone (needs
+    about 6 GB of memory and writes 3 GB to the folder for temporary files)."""
+    setting = shapes.M2M_615M
     with base_model("startup", copies=1) as folder:
         stop = ["--stop-min-lr", "1", "--no-save"]
         stock = [
@@ -96,7 +92,7 @@ def startup(options):
         ]  # fmt: skip
         commands = {
             "fairseq alone": train_command(setting, folder, *stock, *stop),
-            models.OURS: train_command(setting, folder, *our_options(), *stop),
+            OURS: train_command(setting, folder, *our_options(), *stop),
         }
         runs = {
             name: lambda command=command: in_own_process(run_command, command, options.threads)
@@ -120,15 +116,16 @@ def startup(options):
 
 
 def lifecycle(options):
-    """From a base model of 615M to a decoded sentence, once, in commands of fairseq's."""
-    setting = models.M2M_615M
+    """A base of that size through load, update, save, resume, pruning, merge and decoding, once, in
+    fairseq's commands (needs about 10 GB of memory and writes 11 GB)."""
+    setting = shapes.M2M_615M
     with base_model("lifecycle", copies=4) as folder:
         pruning = ["--pruning-unit", "update", "--pruning-begin", "0", "--pruning-duration", "1"]
         train = train_command(
             setting, folder, *our_options(), *pruning, "--no-epoch-checkpoints",
             "--disable-validation", "--warmup-updates", "1", "--lr-scheduler", "inverse_sqrt",
         )  # fmt: skip
-        source, target = models.codes(LANGUAGES)[:2]
+        source, target = shapes.codes(LANGUAGES)[:2]
         checkpoint = folder / "run" / "checkpoint_last.pt"
         decode = [
             sys.executable, "-m", "fairseq_cli.generate", folder / "data", "--user-dir", USER_DIR,
@@ -159,7 +156,7 @@ def lifecycle(options):
 
 def write_base(setting, folder):
     """Writes a stock checkpoint with random weights, base.pt, and a small data set for it."""
-    folder, langs = Path(folder), models.codes(LANGUAGES)
+    folder, langs = Path(folder), shapes.codes(LANGUAGES)
     words = setting.dictionary.symbols[4 : setting.words - LANGUAGES]  # then come the languages
     (folder / "dict.txt").write_text("".join(f"{word} 1\n" for word in words))
     for lang in langs[:2]:
@@ -195,7 +192,7 @@ def write_base(setting, folder):
 
 def train_command(setting, folder, *more):
     """fairseq-train from base.pt."""
-    langs = models.codes(LANGUAGES)
+    langs = shapes.codes(LANGUAGES)
     folder = Path(folder)
     return [
         sys.executable, "-m", "fairseq_cli.train", folder / "data", *more, "--cpu",
@@ -245,6 +242,3 @@ def run_command(command, threads):
             last = (log.read().strip().splitlines() or ["no output"])[-1]
             raise ConfigError(f"{command[2]} ended with status {process.returncode}: {last}")
     return took, usage.ru_maxrss * 1024
-
-
-SECTIONS = {"pruning": pruning, "startup": startup, "lifecycle": lifecycle}

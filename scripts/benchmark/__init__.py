@@ -1,0 +1,1 @@
+"""Measures what adapters cost: python scripts/benchmark."""
