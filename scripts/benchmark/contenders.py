@@ -290,7 +290,9 @@ def hugging_face_twin(setting):
         use_cache=False,
         **stacks,
     )
-    return setting.place(M2M100ForConditionalGeneration(config))
+    with torch.device(setting.device):
+        made = M2M100ForConditionalGeneration(config)
+    return setting.place(made)
 
 
 def hugging_face_logits(model, batch):

@@ -113,7 +113,9 @@ class Setting:
         """A model on the device; whatever the class, its base weights are the same."""
         torch.manual_seed(0)
         task = SimpleNamespace(source_dictionary=self.dictionary, target_dictionary=self.dictionary)
-        return self.place(model_class.build_model(Namespace(**self.options(), **options), task))
+        with torch.device(self.device):  # where drawing weights takes no time
+            made = model_class.build_model(Namespace(**self.options(), **options), task)
+        return self.place(made)
 
     def place(self, model):
         """The model on the device, in the precision."""
