@@ -17,15 +17,27 @@ begin_on() {
     echo "$1 processes: $SAVE_DIR/train.log"
 }
 
+# pass_on LAUNCHER : a signal to the processes. srun passes it on itself; torchrun would end, and
+# leave those of other machines waiting for it, so its processes get it one by one.
+pass_on() {
+    local groups="$SAVE_DIR/ended.${NODE_RANK:-0}"
+    # shellcheck disable=SC2046  # split into words
+    if [ -s "$groups" ]; then
+        kill -USR1 -- $(cat "$groups") 2>/dev/null || true
+    else
+        kill -TERM "$1" 2>/dev/null || true
+    fi
+}
+
 # train_on LAUNCHER... : TRAIN, on all processes that the launcher starts by rank.sh. A signal is
-# passed on to it, and by it to all of them; STOPPED if they stopped.
+# passed on to all of them; STOPPED if they stopped.
 train_on() {
     local ended="$SAVE_DIR/ended" status=0 launcher how
-    rm -f "$ended" # no process starts before all machines have come here
+    rm -f "$ended" "$ended.${NODE_RANK:-0}" # no process starts before all machines have come here
     "$@" bash "$ROOT/examples/cluster/rank.sh" "$ended" "${TRAIN[@]}" >>"$SAVE_DIR/train.log" 2>&1 &
     launcher=$!
     # shellcheck disable=SC2064  # expanded now
-    trap "kill -TERM $launcher 2>/dev/null || true" TERM USR1
+    trap "pass_on $launcher" TERM USR1
     while kill -0 "$launcher" 2>/dev/null; do # a signal ends a wait, too
         wait "$launcher" || true
     done

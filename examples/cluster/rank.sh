@@ -6,6 +6,7 @@ set -uo pipefail
 ended="$1"
 shift
 rank="${RANK:-$SLURM_PROCID}"
+[ -z "${GROUP_RANK:-}" ] || echo "-$$" >>"$ended.$GROUP_RANK" # torchrun makes each a process group
 trap : TERM USR1 # they are for the command, which stops by itself; this waits for it
 status=0
 "$@" --distributed-init-method env:// --distributed-no-spawn --distributed-rank "$rank" \

@@ -18,7 +18,7 @@ set -euo pipefail
 # SLURM runs a copy of this file
 source "${SLURM_SUBMIT_DIR:?start this script with sbatch}/examples/cluster/common.sh"
 
-MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)" # reads to the end
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 export MASTER_ADDR MASTER_PORT
 
