@@ -19,8 +19,8 @@ from benchmark.report import can_draw, draw
 from benchmark.shapes import DTYPES, PRESETS
 from lslora_fairseq.errors import ConfigError, one_line_errors
 
-DESCRIPTION = """Measures what adapters cost, as ratios: interleaved repetitions in one process,
-medians.
+DESCRIPTION = """\
+Measures what adapters cost, as ratios: interleaved repetitions in one process, medians.
 
 Compared are the frozen base without adapters (the limit), full fine-tuning, one LoRA for all
 languages, one LoRA per language applied by a loop of boolean masks (the obvious implementation),

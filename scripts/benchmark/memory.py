@@ -11,6 +11,7 @@ from benchmark.contenders import CONTENDERS, FROZEN, FULL, LOOP, OURS
 from benchmark.measuring import in_own_process, progress
 from benchmark.report import Result, Spread, Table
 from benchmark.shapes import LANGUAGES
+from benchmark.steps import precision_note
 from lslora_fairseq.errors import ConfigError
 
 MEGABYTE = 2**20
@@ -81,4 +82,5 @@ def memory(options):
     }
     columns = ["model and batch, MiB", "peak above, MiB", f"peak above ÷ {FULL}"]
     title = "Peak memory of training steps, above what model and batch take"
-    return Result([Table(title, columns, rows)], {"bytes": raw})
+    notes = precision_note(options.setting)
+    return Result([Table(title, columns, rows)], {"bytes": raw}, notes)

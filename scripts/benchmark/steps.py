@@ -76,12 +76,22 @@ def step(options):
         present[languages] = batch.present()
         del contenders
         free(options.setting.device)
-    notes += loop_note(options)
+    notes += loop_note(options) + precision_note(options.setting)
     notes.append(
         "languages present in the batch, source + target: "
         + ", ".join(f"{s} + {t} of {n}" for n, (s, t) in present.items())
     )
     return Result(step_tables(labels, raw), {"times": raw, "present": present}, notes)
+
+
+def precision_note(setting):
+    """A list with a note on what training in half precision leaves out, if it is."""
+    if setting.precision == "fp32":
+        return []
+    return [
+        f"{setting.precision}: fairseq's optimizers update the parameters in place, by way of fp32 "
+        "and with their state in fp32; no fp32 copy of them is kept and the loss is not scaled"
+    ]
 
 
 def step_tables(labels, raw):

@@ -4,7 +4,6 @@ from functools import cache
 
 import pytest
 import torch
-
 from benchmark.contenders import FROZEN, OURS, FrozenBase
 from benchmark.operations import SHAPE, Operations, count
 from benchmark.shapes import Setting

@@ -1,8 +1,10 @@
 """The benchmark: its baselines compute the same as the package, its record holds its tables."""
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -198,6 +200,71 @@ def test_record_holds_what_the_tables_say(tmp_path, capsys):
     memory = record["sections"]["memory"]["tables"][0]["rows"]
     assert memory["full fine-tuning"][2]["median"] == 1
     assert {"lslora_fairseq, 1 language", "lslora_fairseq, 4 languages"} < memory.keys()
+
+
+def test_half_precision_and_operations(tmp_path, capsys):
+    command.main(
+        ["--languages", "3", "--repetitions", "1", "--threads", "1", "--precision", "bf16"]
+        + ["--sections", "step,memory,operations", "--loop-up-to", "2", "--out", str(tmp_path)]
+    )
+    record = json.loads((tmp_path / "benchmark.json").read_text(encoding="utf-8"))
+    assert record["setting"]["precision"] == "bf16"
+    assert capsys.readouterr().out.count("bf16: fairseq's optimizers update the parameters") == 2
+    over, decoding, passes, waits = record["sections"]["operations"]["tables"]
+    assert "per-language loop" not in passes["rows"]  # --loop-up-to
+    counts = {label: cells[0]["median"] for label, cells in passes["rows"].items()}
+    ratio = counts["lslora_fairseq"] / counts["frozen base"]
+    assert over["rows"]["lslora_fairseq"][0]["median"] == ratio > 1
+    assert decoding["rows"]["frozen base"][0]["median"] == 1
+    assert waits["rows"]["lslora_fairseq"][0]["median"] == 2
+
+
+@pytest.mark.parametrize("precision", shapes.DTYPES)
+@pytest.mark.parametrize("label", ["full fine-tuning", "lslora_fairseq"])
+def test_contenders_are_trained_in_every_precision(label, precision):
+    contender = CONTENDERS[label](replace(TINY, precision=precision), LANGUAGES)
+    contender.start_optimizer()
+    before = [p.clone() for p in contender.trainable()]
+    contender.forward_backward(TINY.batch(LANGUAGES))
+    contender.update()
+    after = contender.trainable()
+    assert {p.dtype for p in contender.model.parameters()} == {shapes.DTYPES[precision]}
+    assert all(p.isfinite().all() for p in after)
+    assert any(not torch.equal(p, q) for p, q in zip(before, after))
+
+
+def test_passes_are_timed_by_events_on_a_gpu(monkeypatch):
+    class Event:
+        """Marks that are 250 milliseconds apart."""
+
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            pass
+
+        def elapsed_time(self, other):
+            return 250.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    contender, batch = FrozenBase(TINY, 1), TINY.batch(1)
+    assert steps.timed_step(contender, batch, "cuda")["events"] == 0.25
+    assert "events" not in steps.timed_step(contender, batch, "cpu")
+    spent = {"frozen base": [2.0], "full fine-tuning": [4.0], "lslora_fairseq": [3.0]}
+    parts = dict.fromkeys(("forward_backward", "optimizer", "step", "events"), spent)
+    titles = {t.title: t for t in steps.step_tables(list(spent), {1: parts})}
+    table = titles["Forward and backward by CUDA events ÷ frozen base"]
+    assert table.rows["lslora_fairseq"] == [Spread(1.5, 1.5, 1.5)]
+
+
+def test_the_command_starts_in_a_process_of_its_own():
+    script = Path(contenders.__file__).parent
+    done = subprocess.run(
+        [sys.executable, script, "--help"], capture_output=True, text=True, check=True
+    )
+    for name in (*command.SECTIONS, *shapes.PRESETS, "--precision"):
+        assert f"  {name} " in done.stdout
 
 
 @pytest.mark.parametrize("kind", ["", loss.ADAPTED])
