@@ -39,6 +39,10 @@ COMMANDS = {
         "huggingface.export_hf",
         "a folder of Hugging Face transformers from a model of fairseq",
     ),
+    "export-peft": (
+        "huggingface.export_peft",
+        "folders of PEFT adapters from a checkpoint with adapters",
+    ),
     "compare": (
         "evaluation.compare",
         "is a system better than another, direction by direction and tier by tier",

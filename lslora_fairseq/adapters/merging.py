@@ -65,15 +65,19 @@ class Merging:
             pair: as for :meth:`checkpoint`
         """
         found = self.base_weights()
-        for name, sides in self._factors(pair).items():
+        owners = dict(zip(SIDES, pair.split("-"))) if pair else {}
+        for name, sides in self.factors({**owners, SHARED: SHARED}).items():
             key = f"{name}.weight"
             if key in EMBEDDINGS:
                 ((A, B, _, _),) = sides.values()
                 found.update(dict.fromkeys(EMBEDDINGS, folded_embeddings(found[key], A, B)))
-            else:  # sides in the order in which the model has them
-                shape = found[key].shape
-                deltas = (delta_weight(shape, *sides[side]) for side in sorted(sides))
-                found[key] = folded(found[key], deltas)
+                continue
+            deltas = []
+            for side in sorted(sides):  # in the order in which the model has them
+                A, B, alpha, share = sides[side]
+                scaling = torch.tensor(alpha, dtype=torch.float) / len(A)
+                deltas.append(delta_weight(found[key].shape, A, B, scaling, share))
+            found[key] = folded(found[key], deltas)
         return found
 
     def base_weights(self):
@@ -84,26 +88,33 @@ class Merging:
             if not is_adapter_key(key) and key.rpartition(".")[2] not in FUSED_COPIES
         }
 
-    def _factors(self, pair):
-        """Name of an adapted linear -> side -> A, B, scaling and share of the direction."""
+    def factors(self, owners):
+        """The adapters of some owners.
+
+        Args:
+            owners: side -> language; ``shared`` -> ``shared``. What others own is left out
+
+        Returns:
+            name of an adapted linear -> side -> A (r, in), B (r, out), alpha and share
+        """
         plan, weights, found = self.plan, self.trained.weights, {}
-        owners = dict(zip(SIDES, pair.split("-"))) if pair else {}
         for key, sites in by_adapters([*plan.sites, *shared_sites(plan)]).items():
             side, share = sites[0].side, None
-            if side == SHARED:
-                owner, alpha = SHARED, plan.shared_alpha
-            else:
-                owner = owners[side]
+            owner = owners.get(side)
+            if owner is None:
+                continue
+            weight = weights[f"{key}.lora_{owner}"]
+            if side != SHARED:
                 alpha = plan.alphas[plan.languages.index(owner)]
                 if plan.weight_learning:
                     layer = key.rpartition(".")[0]
                     share = share_of(weights[f"{layer}.side_weights.logits"], side)
-            weight = weights[f"{key}.lora_{owner}"]
-            scaling = torch.tensor(alpha, dtype=torch.float) / len(weight)
+            else:  # that of the embeddings is not scaled
+                alpha = len(weight) if sites[0].layer is None else plan.shared_alpha
             columns, _ = adapter_columns(sites)
             for site in sites:
                 a, b = columns[site.module]
-                found.setdefault(site.name, {})[side] = weight[:, a], weight[:, b], scaling, share
+                found.setdefault(site.name, {})[side] = weight[:, a], weight[:, b], alpha, share
         return found
 
     def _tokens(self):

@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from collections import OrderedDict
 
 ARCH, TASK = "transformer", "translation_multi_simple_epoch"
@@ -35,6 +35,15 @@ def options(model, tokens, pair):
         "seed": 1, "dataset_impl": None,  # the task reads them, too
     }  # fmt: skip
     return json.loads(json.dumps(found))
+
+
+def completed(model):
+    """Options of a model, and all others of fairseq's transformer at their defaults, by name."""
+    from fairseq.models.transformer.transformer_legacy import base_architecture
+
+    args = Namespace(**model)
+    base_architecture(args)
+    return vars(args)
 
 
 def content(weights, found):

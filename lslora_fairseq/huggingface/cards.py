@@ -3,6 +3,8 @@
 import json
 import os
 
+from lslora_fairseq.identity import plugin_version
+
 _FENCE = "```"
 _MODEL = """\
 import torch
@@ -48,15 +50,67 @@ def model(made, tokenizer, before, forced):
     codes = [code.partition("_")[0] for code in made.pair or tokenizer.langs]
     return "\n\n".join([
         _front("transformers", codes), title,
-        f"{about}\n\nWritten by lslora_fairseq from `{os.path.basename(made.path)}`.",
+        f"{about}\n\nWritten by lslora_fairseq {plugin_version()} from `{os.path.basename(made.path)}`.",
         _python(_MODEL.format(place='"."') + call),
     ]) + "\n"  # fmt: skip
 
 
-def _front(library, codes):
+_ADAPTER = """\
+from peft import PeftModel
+from transformers import AutoTokenizer, M2M100ForConditionalGeneration
+
+base = "BASE"  # {base}
+tokenizer = AutoTokenizer.from_pretrained(base)
+model = M2M100ForConditionalGeneration.from_pretrained(base)
+"""
+
+
+def adapter(name, base, merging, chosen, modules):
+    """Of a PEFT adapter.
+
+    Args:
+        name: of its folder
+        base: name of the base model, or None
+        merging: :class:`~lslora_fairseq.adapters.merging.Merging`
+        chosen: names of all folders
+        modules: name of each module -> its factors
+    """
+    codes = [part for part in name.split("-") if part in merging.plan.languages]
+    call = _ADAPTER.format(base=base or "the base model")
+    if "-source" in name or "-target" in name or name == "shared":
+        about = (
+            "One part of the adapters of a direction. Those of its source language, of its target "
+            "language and, if there are any, the shared ones are active together; PEFT adds them "
+            "up."
+        )
+        code = codes[0] if codes else merging.plan.languages.codes[0]
+        other = next((c for c in merging.plan.languages.codes if c != code), code)
+        parts = [p for p in (f"{code}-source", f"{other}-target", "shared") if p in chosen]
+        first, *rest = parts
+        call += f'model = PeftModel.from_pretrained(model, "../{first}", adapter_name="{first}")\n'
+        call += "".join(
+            f'model.load_adapter("../{part}", adapter_name="{part}")\n' for part in rest
+        )
+        call += f"model.base_model.set_adapter({json.dumps(parts)})"
+    else:
+        about = "All adapters of a direction, as one."
+        call += 'model = PeftModel.from_pretrained(model, ".")'
+    about += " They are language-specific LoRA of a fairseq model."
+    if any(key.endswith("embed_tokens") for key in modules):
+        about += (
+            " The embeddings have an adapter, too: keep it apart, since merging it would add it to "
+            "one matrix three times."
+        )
+    parts = [_front("peft", codes, base), f"# {name}", about, _python(call)]
+    return "\n\n".join([*parts, f"Written by lslora_fairseq {plugin_version()}."]) + "\n"
+
+
+def _front(library, codes, base=None):
     """What model hubs read."""
     lines = [f"library_name: {library}", "pipeline_tag: translation", "tags: [lslora_fairseq]"]
-    lines += ["language:", *(f"- {json.dumps(code)}" for code in dict.fromkeys(codes))]
+    lines += [f"base_model: {json.dumps(base)}"] if base else []
+    if codes:
+        lines += ["language:", *(f"- {json.dumps(code)}" for code in dict.fromkeys(codes))]
     return "\n".join(["---", *lines, "---"])
 
 

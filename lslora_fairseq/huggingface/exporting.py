@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from lslora_fairseq import checkpoints
+from lslora_fairseq.adapters import stock
 from lslora_fairseq.adapters.folder import CARD, new, umask
 from lslora_fairseq.errors import ConfigError
 from lslora_fairseq.huggingface import cards, sentencepiece_model
@@ -88,12 +89,13 @@ def write(out, model, dictionary, spm):
     dtypes = {weight.dtype for weight in (embeddings, *kept.values())}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     kept[EMBEDDINGS[0]] = embeddings
-    config, reasons = config_of(model.options, len(embeddings), str(dtype).removeprefix("torch."))
+    options = stock.completed(model.options)
+    config, reasons = config_of(options, len(embeddings), str(dtype).removeprefix("torch."))
     copies = (model.weights[key] for key in EMBEDDINGS[1:] if key in model.weights)
     if not all(torch.equal(embeddings, copy) for copy in copies):
         reasons.append("its embeddings are not one matrix")
     if not reasons:
-        expected = shapes(model.options, len(embeddings))
+        expected = shapes(options, len(embeddings))
         reasons = misfits(expected, {key: weight.shape for key, weight in kept.items()})
     if reasons:
         several = f" ({len(reasons)} reasons)" if len(reasons) > 1 else ""

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-from argparse import Namespace
 from dataclasses import dataclass
 
 import torch
@@ -98,7 +97,7 @@ def write(folder, out):
     }
     for key in VERSIONS:
         state[key] = torch.tensor([VERSION])
-    made = stock.options(_complete(options), tokens, words.langs[:2])
+    made = stock.options(stock.completed(options), tokens, words.langs[:2])
     with new(out) as beside:
         checkpoints.write_checkpoint(os.path.join(beside, MODEL), stock.content(state, made))
         _write(beside, DICTIONARY, (f"{symbol} 1" for symbol in words.symbols))
@@ -115,15 +114,6 @@ def _refused(folder, reasons):
         f"{folder} cannot become a model of fairseq{several}: {'; '.join(reasons)}; name a folder "
         f"of {CLASS}, such as M2M-100, M2M-124, NLLB-200 (dense) or SMALL-100"
     )
-
-
-def _complete(options):
-    """The options and all others of fairseq's transformer, at their defaults."""
-    from fairseq.models.transformer.transformer_legacy import base_architecture
-
-    args = Namespace(**options)
-    base_architecture(args)
-    return vars(args)
 
 
 def _write(folder, name, lines):

@@ -1,12 +1,18 @@
 """What goes in and comes out, in the hands of transformers itself, where it is installed."""
 
+import json
+
 import hub
 import pytest
+import sentencepiece
 import torch
-from console import USER_DIR, run
+from console import LANGS, USER_DIR, run
+from fairseq.checkpoint_utils import load_model_ensemble_and_task
+from fairseq.data import Dictionary
 
 from lslora_fairseq import cli
-from lslora_fairseq.checkpoints import read_checkpoint
+from lslora_fairseq.huggingface import sentencepiece_model
+from lslora_fairseq.huggingface.tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -32,8 +38,13 @@ def interactive(lines, source, target, *args):
     return sources, [fields[2].split() for fields in told if fields[0].startswith("H-")]
 
 
-def greedy(model, tokenizer, lines, **kwargs):
-    """Pieces of the sources, and of their translations, as transformers gives them."""
+def greedy(model, tokenizer, lines, symbols, target, **kwargs):
+    """As :func:`interactive`, of transformers.
+
+    Args:
+        symbols: of fairseq's dictionary, which names the tokens by their numbers
+        target: the token of the target language, which fairseq leaves out
+    """
     sources, found = [], []
     for line in lines:
         batch = tokenizer(line, return_tensors="pt", return_token_type_ids=False)
@@ -41,9 +52,11 @@ def greedy(model, tokenizer, lines, **kwargs):
             **batch, max_new_tokens=LENGTH, max_length=None, num_beams=1, early_stopping=False,
             **kwargs,
         )  # fmt: skip
-        sources.append(tokenizer.convert_ids_to_tokens(batch["input_ids"][0].tolist())[:-1])
-        pieces = tokenizer.convert_ids_to_tokens(out[0].tolist())[2:]
-        found.append(pieces[: pieces.index("</s>")] if "</s>" in pieces else pieces)
+        sources.append([symbols[number] for number in batch["input_ids"][0, :-1]])
+        pieces = [symbols[number] for number in out[0, 1 : LENGTH + 1]]
+        assert pieces[0] == target
+        pieces = pieces[: pieces.index("</s>")] if "</s>" in pieces else pieces
+        found.append([piece for piece in pieces if piece != target])
     return sources, found
 
 
@@ -60,10 +73,13 @@ def imported(request, corpus, tmp_path_factory):
     model = hub.spm(folder / "spm.model", text)
     getattr(hub, form)(folder / "hf", model)
     cli.main(["import-hf", str(folder / "hf"), "--out", str(folder / "ours")])
-    if form == "nllb":  # transformers writes a whole one
-        (folder / "hf" / "tokenizer.json").unlink()
-        made = transformers.NllbTokenizer.from_pretrained(folder / "hf")
-        made.save_pretrained(folder / "hf")
+    if form == "nllb":  # the form of the file is as published, its rules are from transformers
+        path = folder / "hf" / "tokenizer.json"
+        added = json.loads(path.read_text("utf-8"))["added_tokens"]
+        path.unlink()
+        transformers.NllbTokenizer.from_pretrained(folder / "hf").save_pretrained(folder / "made")
+        made = json.loads((folder / "made" / "tokenizer.json").read_text("utf-8"))
+        hub.write_json(folder / "hf", "tokenizer.json", {**made, "added_tokens": added})
     return form, folder / "hf", folder / "ours"
 
 
@@ -79,10 +95,77 @@ def test_greedy_tokens_line_by_line(imported, lines):
     )  # fmt: skip
     tokenizer = transformers.AutoTokenizer.from_pretrained(hf, src_lang=source)
     forced = tokenizer.convert_tokens_to_ids(spelling.format(target))
-    expected = greedy(load(hf), tokenizer, lines, forced_bos_token_id=forced)
-    print(found[1][:3])
-    print(expected[1][:3])
-    for ours, theirs in zip(found[0], expected[0]):
-        print(ours, theirs)
-        assert ours[0].strip("_") == theirs[0].strip("_") and ours[1:] == theirs[1:]
-    assert False
+    symbols = Dictionary.load(str(ours / "dict.txt")).symbols
+    names = symbols, f"__{target}__"
+    expected = greedy(load(hf), tokenizer, lines, *names, forced_bos_token_id=forced)
+    assert found == expected
+    assert len({piece for line in found[1] for piece in line}) > 20
+
+
+@pytest.fixture(scope="module")
+def merged(corpus, finetuned, tmp_path_factory):
+    """(checkpoint of lslora merge, folder of lslora export-hf) of a direction."""
+    folder = tmp_path_factory.mktemp("merged")
+    given = [str(finetuned[0]), "--pair", "en-de", "--out"]
+    cli.main(["merge", *given, str(folder / "en-de.pt")])
+    files = ["--dict", str(corpus.dictionary), "--spm", str(corpus.spm)]
+    cli.main(["export-hf", *given, str(folder / "hf"), *files])
+    return folder / "en-de.pt", folder / "hf"
+
+
+def test_a_merged_direction_decodes_the_same(corpus, finetuned, merged, lines):
+    """Pieces of raw text, and greedy tokens, are those of the model with adapters."""
+    found = interactive(
+        lines, "en", "de", corpus.data, "--path", finetuned[0], "--task",
+        "translation_multi_lslora", "--sentencepiece-model", corpus.spm,
+    )  # fmt: skip
+    tokenizer = transformers.AutoTokenizer.from_pretrained(merged[1])
+    symbols = Dictionary.load(str(corpus.dictionary)).symbols
+    symbols += [f"__{code}__" for code in LANGS.split(",")]
+    assert found == greedy(load(merged[1]), tokenizer, lines, symbols, "__de__")
+    assert len({piece for line in found[1] for piece in line}) > 20
+
+
+def test_logits_of_a_merged_direction(corpus, merged):
+    given = {"data": str(corpus.data)}
+    (ours,), _, task = load_model_ensemble_and_task([str(merged[0])], given)
+    task.load_dataset("test")
+    batch = task.dataset("test").collater([task.dataset("test")[n] for n in range(8)])["net_input"]
+    with torch.no_grad():
+        expected = ours.eval()(**batch)[0]
+        mask = batch["src_tokens"].ne(1)
+        told = {"input_ids": batch["src_tokens"], "attention_mask": mask}
+        found = load(merged[1])(**told, decoder_input_ids=batch["prev_output_tokens"]).logits
+    kept = batch["prev_output_tokens"].ne(1)
+    assert (mask.sum(1).unique().numel()) > 2 and expected[kept].abs().max() > 1
+    torch.testing.assert_close(found[kept], expected[kept], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_the_tokenizer_on_all_text(corpus, kind, tmp_path):
+    """Every line of every language, after every language token: numbers are the dictionary's."""
+    text = [line for lines in corpus.text.values() for line in lines]
+    model = hub.spm(tmp_path / "spm.model", text, kind, 400)
+    read = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    words = tmp_path / "dict.txt"
+    words.write_text("".join(f"{piece} 1\n" for piece in reversed(hub.pieces(model))), "utf-8")
+    dictionary = Dictionary.load(str(words))
+    codes = ["oc", "en", "de_AT", "zho_Hant"]  # in no order
+    tokens = {code: f"__{code}__" for code in codes}
+    for token in tokens.values():
+        dictionary.add_symbol(token)
+    made = Tokenizer(dictionary.symbols, tokens, sentencepiece_model.read(model))
+    for name, content in made.files().items():
+        hub.write_json(tmp_path, name, content)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for number, line in enumerate(text + MORE):
+        code = codes[number % 4]
+        pieces = " ".join([tokens[code], *read.encode(line, out_type=str)])
+        expected = dictionary.encode_line(pieces, add_if_not_exist=False).tolist()
+        assert tokenizer(f"{made.langs[code]} {line}")["input_ids"] == expected, line
+        if dictionary.unk() not in expected:
+            said = tokenizer.decode(expected, skip_special_tokens=True)
+            assert said == read.decode(read.encode(line, out_type=str))
+    for code in codes:
+        assert tokenizer.convert_tokens_to_ids(made.langs[code]) == dictionary.index(tokens[code])
+    assert made.langs["zho_Hant"] == "zho_Hant" and made.langs["oc"] == "__oc__"
