@@ -43,6 +43,10 @@ COMMANDS = {
         "huggingface.export_peft",
         "folders of PEFT adapters from a checkpoint with adapters",
     ),
+    "import-peft": (
+        "huggingface.import_peft",
+        "files of languages' adapters from folders of PEFT",
+    ),
     "compare": (
         "evaluation.compare",
         "is a system better than another, direction by direction and tier by tier",

@@ -50,7 +50,8 @@ def model(made, tokenizer, before, forced):
     codes = [code.partition("_")[0] for code in made.pair or tokenizer.langs]
     return "\n\n".join([
         _front("transformers", codes), title,
-        f"{about}\n\nWritten by lslora_fairseq {plugin_version()} from `{os.path.basename(made.path)}`.",
+        f"{about}\n\nWritten by lslora_fairseq {plugin_version()} from "
+        f"`{os.path.basename(made.path)}`.",
         _python(_MODEL.format(place='"."') + call),
     ]) + "\n"  # fmt: skip
 

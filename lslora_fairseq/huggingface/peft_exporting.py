@@ -12,7 +12,7 @@ from lslora_fairseq.huggingface.twin import PREFIX
 from lslora_fairseq.keys import EMBEDDINGS
 from lslora_fairseq.lora.plan import SHARED, SIDES
 
-PROJECTION = "lm_head"
+LM_HEAD = "lm_head"
 
 
 def halves(merging):
@@ -51,7 +51,7 @@ def modules(merging, owners):
             found[PREFIX + name] = factors
             continue
         A, B, alpha = factors
-        found[PROJECTION] = factors
+        found[LM_HEAD] = factors
         for embedding in EMBEDDINGS[:2]:  # which have the factors the other way round
             found[PREFIX + embedding.removesuffix(".weight")] = Factors(B.t(), A.t(), alpha)
     return found

@@ -5,9 +5,9 @@ import json
 import adapter_files
 import hub
 import pytest
-import toy
 import torch
-from safetensors.torch import load_file, save_file
+import toy
+from safetensors.torch import load_file
 
 from lslora_fairseq import cli
 from lslora_fairseq.adapters.merging import Merging
