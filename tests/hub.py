@@ -49,7 +49,7 @@ _NORMS = {
 
 
 def write_json(folder, name, content):
-    (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False), "utf-8")
+    (folder / name).write_text(json.dumps(content, ensure_ascii=False), "utf-8")
 
 
 def spm(path, text, kind="bpe", size=300):

@@ -117,7 +117,8 @@ def write(out, model, dictionary, spm):
         save_file(tensors, path, {"format": "pt"})
         os.chmod(path, 0o666 & ~umask())
         for name, content in {**files, **tokenizer.files(before)}.items():
-            _write(beside, name, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+            indent = None if name == "tokenizer.json" else 2  # which is long, and slow to indent
+            _write(beside, name, json.dumps(content, ensure_ascii=False, indent=indent) + "\n")
         with open(spm, "rb") as file, open(os.path.join(beside, SPM), "wb") as copy:
             copy.write(file.read())
         _write(beside, CARD, card)

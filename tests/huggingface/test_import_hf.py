@@ -8,13 +8,13 @@ import sys
 import hub
 import pytest
 import torch
-from console import lslora, run
+from console import ROOT, lslora, run
 from fairseq.data import Dictionary
 from safetensors.torch import load_file, save_file
 
 from lslora_fairseq import cli
 from lslora_fairseq.errors import UserError
-from lslora_fairseq.huggingface import importing
+from lslora_fairseq.huggingface import importing, vocabulary
 from lslora_fairseq.keys import EMBEDDINGS
 
 TEXT = ["hello world, this is a test", "und noch eine Zeile", "une autre ligne de texte"] * 9
@@ -306,3 +306,35 @@ def test_files_that_are_missing_or_damaged(spm, tmp_path):
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(b"nothing")
     assert "pytorch_model.bin (" in refusal(folder)
+
+
+@pytest.mark.parametrize("form, rows", [("m2m", 128_112), ("nllb", 256_206), ("m2m_124", 256_125)])
+def test_as_many_rows_as_the_public_models_have(form, rows, spm, tmp_path):
+    """Made-up pieces, as many as they have; the languages of 124 have numbers of their own."""
+    codes = (ROOT / "tests" / "data" / "nllb_codes.txt").read_text("utf-8").split()
+    if form == "nllb":
+        codes = [*codes[50:202], *codes[:50]]
+        hub.nllb(tmp_path / "hf", spm, langs=codes)
+    else:
+        hub.m2m(tmp_path / "hf", spm)
+    count = 128_000 if form == "m2m" else 255_997
+    names = [*hub.SPECIALS, *(f"▁{number}" for number in range(count))]
+    vocab = {name: number for number, name in enumerate(names)}
+    if form == "nllb":
+        content = json.loads((tmp_path / "hf" / "tokenizer.json").read_text("utf-8"))
+        content["model"]["vocab"] = vocab
+        for token in content["added_tokens"][4:]:
+            token["id"] += len(vocab) - len(hub.pieces(spm)) - 4
+        hub.write_json(tmp_path / "hf", "tokenizer.json", content)
+    else:
+        hub.write_json(tmp_path / "hf", "vocab.json", vocab)
+    if form == "m2m_124":  # in an order that is not that of its tokenizer's class
+        codes = codes[:124]
+        told = {f"__{code}__": len(vocab) + number for number, code in enumerate(codes)}
+        hub.write_json(tmp_path / "hf", "added_tokens.json", told)
+    found, reasons = vocabulary.read(str(tmp_path / "hf"), rows)
+    assert not reasons and len(found.symbols) + 4 == rows
+    assert found.langs == (vocabulary.M2M_100 if form == "m2m" else codes)
+    assert found.unused == {"m2m": 8, "nllb": 2, "m2m_124": 0}[form]
+    first = found.symbols.index(f"__{found.langs[0]}__") + 4
+    assert first == {"m2m": 128_004, "nllb": 256_001, "m2m_124": 256_001}[form]
