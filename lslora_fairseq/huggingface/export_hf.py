@@ -3,12 +3,12 @@
 EXAMPLES = """\
 examples:
   lslora export-hf finetuned/checkpoint_last.pt --pair en-fr --out en-fr \\
-      --dict data/dict.en.txt --spm sentencepiece.model
+      --dict data/dict.en.txt --spm sentencepiece.bpe.model
       the adapters of one direction, and what all languages share, folded into the weights
-  lslora export-hf base.pt --out base --dict dict.txt --spm sentencepiece.model
+  lslora export-hf base.pt --out base --dict dict.txt --spm sentencepiece.bpe.model
       a base model
   lslora export-hf finetuned/checkpoint_last.pt --without-adapters --out base \\
-      --dict data/dict.en.txt --spm sentencepiece.model
+      --dict data/dict.en.txt --spm sentencepiece.bpe.model
       the model that the adapters of lslora export-peft are loaded onto
 
 transformers loads the folder as M2M100ForConditionalGeneration, with a tokenizer that numbers the

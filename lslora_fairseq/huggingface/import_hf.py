@@ -5,7 +5,7 @@ import shlex
 EXAMPLES = """\
 examples:
   lslora import-hf nllb-200-distilled-600M --out nllb
-      nllb/model.pt, dict.txt, langs.txt and sentencepiece.model, and the options to use them
+      nllb/model.pt, dict.txt, langs.txt and sentencepiece.bpe.model, and the options to use them
   flags=$(lslora import-hf m2m100_418M --out m2m --format flags)
       only the options are printed, on one line: fairseq-train data --user-dir lslora_fairseq $flags
 

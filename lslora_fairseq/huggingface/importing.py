@@ -15,7 +15,7 @@ from lslora_fairseq.huggingface.folder import Weights, read_json
 from lslora_fairseq.huggingface.twin import CLASS, VERSION, VERSIONS, options_of
 from lslora_fairseq.keys import EMBEDDINGS
 
-MODEL, DICTIONARY, SPM, LANGS = "model.pt", "dict.txt", "sentencepiece.model", "langs.txt"
+MODEL, DICTIONARY, SPM, LANGS = "model.pt", "dict.txt", "sentencepiece.bpe.model", "langs.txt"
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ def test_in_and_out_and_in_again(form, spm, tmp_path):
     getattr(hub, form)(tmp_path / "hf", spm, activation_function="gelu")
     ours, again = tmp_path / "ours", tmp_path / "again"
     importing.write(str(tmp_path / "hf"), str(ours))
-    files = ["--dict", ours / "dict.txt", "--spm", ours / "sentencepiece.model"]
+    files = ["--dict", ours / "dict.txt", "--spm", ours / "sentencepiece.bpe.model"]
     config, tensors = export(ours / "model.pt", tmp_path / "out", *files)
     expected = load_file(tmp_path / "hf" / "model.safetensors")
     assert tensors.keys() == expected.keys()
@@ -66,7 +66,7 @@ def test_in_and_out_and_in_again(form, spm, tmp_path):
     assert {k: config[k] for k in same} == {k: told[k] for k in same} and len(same) > 15
     assert not config["encoder_layerdrop"] and config["tie_word_embeddings"]
     importing.write(str(tmp_path / "out"), str(again))
-    for name in ("dict.txt", "langs.txt", "sentencepiece.model"):
+    for name in ("dict.txt", "langs.txt", "sentencepiece.bpe.model"):
         assert (again / name).read_bytes() == (ours / name).read_bytes(), name
     (first, weights), (second, others) = (read_checkpoint(f / "model.pt") for f in (ours, again))
     assert first == second and weights.keys() == others.keys()

@@ -72,7 +72,7 @@ def test_rows_of_m2m(spm, tmp_path):
     assert symbols[len(vocab)] == "__af__" and symbols[len(vocab) + 99] == "__zu__"
     assert symbols[-8:] == [f"madeupword{n:04d}" for n in range(8)]
     assert len(symbols) == len(vocab) + 108
-    assert (out / "sentencepiece.model").read_bytes() == spm.read_bytes()
+    assert (out / "sentencepiece.bpe.model").read_bytes() == spm.read_bytes()
 
 
 def test_rows_of_nllb_and_an_order_that_is_not_the_alphabets(spm, tmp_path):

@@ -47,8 +47,8 @@ def trained(request, corpus, tmp_path_factory):
         "fairseq-train", folder / "data", "--user-dir", USER_DIR, "--cpu", "--task",
         "translation_multi_lslora", *flags, "--lang-pairs", ",".join(pairs), "--lora-tiers",
         f"high={english};low={','.join(others)}", "--lora-rank", "high=2,low=4", "--optimizer",
-        "pruned_adam", "--pruning-begin", "1", "--pruning-duration", "2", "--max-epoch", "4",
-        "--lr", "0.02", "--criterion", "label_smoothed_cross_entropy", "--max-tokens", "600",
+        "pruned_adam", "--pruning-begin", "1", "--pruning-duration", "1", "--max-epoch", "1",
+        "--lr", "0.003", "--criterion", "label_smoothed_cross_entropy", "--max-tokens", "600",
         "--num-workers", "0", "--no-epoch-checkpoints", "--save-dir", folder / "run", "--seed", "7",
     )  # fmt: skip
     symbols = Dictionary.load(str(words)).symbols
@@ -58,7 +58,7 @@ def trained(request, corpus, tmp_path_factory):
 def test_merged_model_and_halves_decode_as_the_checkpoint(trained, corpus):
     """Token by token, on the folder that the base model came from."""
     folder, checkpoint, langs, symbols = trained
-    spm, words = folder / "base" / "sentencepiece.model", folder / "base" / "dict.txt"
+    spm, words = folder / "base" / "sentencepiece.bpe.model", folder / "base" / "dict.txt"
     lslora("export-peft", checkpoint, "--out", folder / "peft")
     given = [checkpoint, "--pair", f"{langs['en']}-{langs['fr']}", "--dict", words, "--spm", spm]
     lslora("export-hf", *given, "--out", folder / "merged")
@@ -89,10 +89,7 @@ def test_they_are_evaluated_and_come_back(trained):
     for name, path in (("base", folder / "base" / "model.pt"), ("tuned", checkpoint)):
         given = ["--path", path, "--out", folder / name, "--gen-subset", "valid", "--cpu"]
         given += [*words, "--max-len-b", "20"]
-        given += ["--sentencepiece-model", folder / "base" / "sentencepiece.model"]
-        _, out, _ = lslora(
-            "evaluate", folder / "data", *given, "--lang-dict", folder / "base/langs.txt"
-        )
+        _, out, _ = lslora("evaluate", folder / "data", *given)
         assert f"{langs['en']}-{langs['fr']}" in out
     halves = folder / "halves"
     lslora("export-peft", checkpoint, "--out", halves)

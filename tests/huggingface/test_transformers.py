@@ -53,7 +53,7 @@ def test_greedy_tokens_line_by_line(imported, lines):
         lines, source, target, ours, "--path", ours / "model.pt", "--fixed-dictionary",
         ours / "dict.txt", "--lang-dict", ours / "langs.txt", "--encoder-langtok", "src",
         "--decoder-langtok", "--task", "translation_multi_simple_epoch", "--lang-pairs",
-        f"{source}-{target}", "--sentencepiece-model", ours / "sentencepiece.model",
+        f"{source}-{target}", "--sentencepiece-model", ours / "sentencepiece.bpe.model",
     )  # fmt: skip
     tokenizer = transformers.AutoTokenizer.from_pretrained(hf, src_lang=source)
     forced = tokenizer.convert_tokens_to_ids(spelling.format(target))
