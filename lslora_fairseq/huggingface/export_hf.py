@@ -33,11 +33,16 @@ def run(args):
     # not for --help: torch takes seconds
     import logging
 
+    from lslora_fairseq.errors import ConfigError
     from lslora_fairseq.huggingface import exporting
 
     made = exporting.base(args.checkpoint) if args.checkpoint and not args.base else None
     if made is None:
         made = _adapted(args)
+    elif args.pair or args.without_adapters:
+        raise ConfigError(
+            f"{args.checkpoint} has no adapters: leave out --pair and --without-adapters"
+        )
     warning = exporting.write(args.out, made, args.dict, args.spm)
     if warning:
         logging.getLogger(__name__).warning("%s", warning)

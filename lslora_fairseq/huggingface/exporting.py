@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from dataclasses import dataclass
 from typing import Optional
 
@@ -13,7 +14,7 @@ from lslora_fairseq import checkpoints
 from lslora_fairseq.adapters import stock
 from lslora_fairseq.adapters.folder import CARD, new, umask
 from lslora_fairseq.errors import ConfigError
-from lslora_fairseq.huggingface import cards, sentencepiece_model
+from lslora_fairseq.huggingface import cards, dictionary, sentencepiece_model
 from lslora_fairseq.huggingface.tokenizer import Tokenizer
 from lslora_fairseq.huggingface.twin import (
     CLASS,
@@ -26,7 +27,7 @@ from lslora_fairseq.huggingface.twin import (
     shapes,
 )
 from lslora_fairseq.identity import Identity
-from lslora_fairseq.keys import EMBEDDINGS
+from lslora_fairseq.keys import EMBEDDINGS, FUSED_COPIES
 
 WEIGHTS, SPM = "model.safetensors", "sentencepiece.bpe.model"
 _COMPUTED = re.compile(r"(en|de)coder\.embed_positions\.(_float_tensor|weights)")
@@ -66,13 +67,13 @@ def base(path):
     return Model(path, options, Identity.from_options(path, options), weights)
 
 
-def write(out, model, dictionary, spm):
+def write(out, model, words, spm):
     """Writes a folder.
 
     Args:
         out: a new folder
         model: :class:`Model`
-        dictionary: path of the dictionary file of the model
+        words: path of the dictionary file of the model
         spm: path of its SentencePiece model
 
     Returns:
@@ -81,17 +82,38 @@ def write(out, model, dictionary, spm):
     Raises:
         ConfigError: the other class has no such model; with all reasons.
     """
-    embeddings = model.weights.get(EMBEDDINGS[0])
-    if embeddings is None:
+    config, tensors = _twin(model)
+    tokenizer = _tokenizer(model, config["vocab_size"], words, spm)
+    before, forced = _told(model)
+    generation = {**TOKEN_IDS, "max_length": 200, "num_beams": 5, "early_stopping": True}
+    if forced is not None:
+        generation["forced_bos_token_id"] = tokenizer.vocab[tokenizer.langs[forced]]
+    card = cards.model(model, tokenizer, before, forced)
+    files = {"config.json": config, "generation_config.json": generation}
+    with new(out) as beside:
+        path = os.path.join(beside, WEIGHTS)
+        save_file(tensors, path, {"format": "pt"})
+        os.chmod(path, 0o666 & ~umask())
+        for name, content in {**files, **tokenizer.files(before)}.items():
+            indent = None if name == "tokenizer.json" else 2  # which is long, and slow to indent
+            _write(beside, name, json.dumps(content, ensure_ascii=False, indent=indent) + "\n")
+        shutil.copyfile(spm, os.path.join(beside, SPM))
+        _write(beside, CARD, card)
+    return tokenizer.warning()
+
+
+def _twin(model):
+    """The content of config.json, and name -> tensor: shared embeddings once, all in one dtype."""
+    weights = model.weights
+    if EMBEDDINGS[0] not in weights:
         raise ConfigError(f"{model.path} holds no {EMBEDDINGS[0]}: name a transformer's checkpoint")
-    kept = {k: w for k, w in model.weights.items() if k not in EMBEDDINGS and k not in VERSIONS}
-    kept = {key: weight for key, weight in kept.items() if not _COMPUTED.fullmatch(key)}
-    dtypes = {weight.dtype for weight in (embeddings, *kept.values())}
+    kept = {key: weight for key, weight in weights.items() if not _is_left_out(key)}
+    embeddings = kept[EMBEDDINGS[0]]
+    dtypes = {weight.dtype for weight in kept.values()}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-    kept[EMBEDDINGS[0]] = embeddings
     options = stock.completed(model.options)
     config, reasons = config_of(options, len(embeddings), str(dtype).removeprefix("torch."))
-    copies = (model.weights[key] for key in EMBEDDINGS[1:] if key in model.weights)
+    copies = [weights[key] for key in EMBEDDINGS[1:] if key in weights]
     if not all(torch.equal(embeddings, copy) for copy in copies):
         reasons.append("its embeddings are not one matrix")
     if not reasons:
@@ -103,54 +125,30 @@ def write(out, model, dictionary, spm):
             f"{model.path} cannot become a {CLASS}{several}: {'; '.join(reasons)}; lslora merge "
             "writes checkpoints of fairseq of any shape"
         )
-    tokenizer, tokens = _tokenizer(model, len(embeddings), dictionary, spm)
-    before, forced = _told(model, tokens)
-    generation = {**TOKEN_IDS, "max_length": 200, "num_beams": 5, "early_stopping": True}
-    if forced is not None:
-        generation["forced_bos_token_id"] = tokenizer.vocab[tokenizer.langs[forced]]
-    tensors = {PREFIX + key: w.to(dtype).contiguous() for key, w in kept.items()}
+    tensors = {PREFIX + key: weight.to(dtype).contiguous() for key, weight in kept.items()}
     tensors[SHARED_KEY] = tensors.pop(PREFIX + EMBEDDINGS[0])
-    card = cards.model(model, tokenizer, before, forced)
-    files = {"config.json": config, "generation_config.json": generation}
-    with new(out) as beside:
-        path = os.path.join(beside, WEIGHTS)
-        save_file(tensors, path, {"format": "pt"})
-        os.chmod(path, 0o666 & ~umask())
-        for name, content in {**files, **tokenizer.files(before)}.items():
-            indent = None if name == "tokenizer.json" else 2  # which is long, and slow to indent
-            _write(beside, name, json.dumps(content, ensure_ascii=False, indent=indent) + "\n")
-        with open(spm, "rb") as file, open(os.path.join(beside, SPM), "wb") as copy:
-            copy.write(file.read())
-        _write(beside, CARD, card)
-    return tokenizer.warning()
+    return config, tensors
 
 
-def _tokenizer(model, rows, dictionary, spm):
-    """The :class:`Tokenizer`, and code of each language -> its token."""
-    from fairseq.data import Dictionary
+def _is_left_out(key):
+    """Whether it is a copy, a table or a version, which the other class has not."""
+    is_copy = key in EMBEDDINGS[1:] or key.rpartition(".")[2] in FUSED_COPIES
+    return is_copy or key in VERSIONS or bool(_COMPUTED.fullmatch(key))
 
-    try:
-        lines = Dictionary.load(dictionary).symbols
-    except Exception as error:
-        raise ConfigError(  # fairseq raises Exception itself
-            f"--dict {dictionary} cannot be read ({error}): name the dict.txt of the model"
-        ) from None
-    symbols = model.identity.symbols(lines) or lines
-    if len(symbols) != rows:
-        raise ConfigError(
-            f"{model.path} has {rows:,} embedding rows, --dict {dictionary} and language tokens "
-            f"make {len(symbols):,}: name the dictionary file that the model was trained with"
-        )
+
+def _tokenizer(model, rows, words, spm):
+    """The :class:`Tokenizer`."""
+    _, symbols = dictionary.symbols(words, model.identity, rows)
     langs = model.identity.langs
     if langs is None:
         langs = [s.strip("_") for s in symbols if re.fullmatch(r"__[A-Za-z]\w*__", s)]
-    known = {*symbols}
     tokens = {code: model.identity.token(code) for code in langs}
+    known = {*symbols}
     tokens = {code: token for code, token in tokens.items() if token in known}
-    return Tokenizer(symbols, tokens, sentencepiece_model.read(spm)), tokens
+    return Tokenizer(symbols, tokens, sentencepiece_model.read(spm))
 
 
-def _told(model, tokens):
+def _told(model):
     """The languages whose tokens stand in front of a text, and of its translation; or None."""
     if model.pair is None:
         return None, None

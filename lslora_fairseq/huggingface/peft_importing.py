@@ -12,7 +12,7 @@ from lslora_fairseq.analysis import trained
 from lslora_fairseq.analysis.trained import by_adapters, owners, shared_sites, sizes
 from lslora_fairseq.config import LSLoConfig, resolve
 from lslora_fairseq.errors import ConfigError, listed
-from lslora_fairseq.huggingface import peft
+from lslora_fairseq.huggingface import dictionary, peft
 from lslora_fairseq.huggingface.peft_exporting import LM_HEAD, of_pair
 from lslora_fairseq.huggingface.twin import PREFIX
 from lslora_fairseq.identity import Identity, describe
@@ -114,7 +114,7 @@ class Importing:
 
     Args:
         base: path of the base model's checkpoint
-        dictionary: path of its dictionary file
+        words: path of its dictionary file
         folders: list of :class:`Folder`
         given: options of :class:`LSLoConfig` by name: tiers and index sides, or None
 
@@ -122,7 +122,7 @@ class Importing:
         ConfigError: they do not go together.
     """
 
-    def __init__(self, base, dictionary, folders, given):
+    def __init__(self, base, words, folders, given):
         self.base, self.folders = base, folders
         if not os.path.isfile(base):
             raise ConfigError(f"--base {base}: no such file: name the checkpoint of the base model")
@@ -133,7 +133,7 @@ class Importing:
         self.layers, self.dims = sizes(base, self.weights)
         self.sides = self._sides(given)
         self.owned = self._owned()
-        self.identity = self._identity(dictionary)
+        self.identity = self._identity(words)
         self.config = self._config(given)
 
     def trained(self):
@@ -268,9 +268,7 @@ class Importing:
             matrix[: len(A), b] = B.float().t() * (1 if same else alpha / len(A) * own[0] / own[1])
         return matrix
 
-    def _identity(self, dictionary):
-        from fairseq.data import Dictionary
-
+    def _identity(self, words):
         identity = Identity.from_options(self.base, self.options)
         if identity.langs is None:
             raise ConfigError(
@@ -283,16 +281,6 @@ class Importing:
                 f"--base {self.base} does not have {listed(unknown)}: write the codes as it does, "
                 f"{listed(identity.langs)}"
             )
-        try:
-            lines = Dictionary.load(dictionary).symbols
-        except Exception as error:
-            raise ConfigError(  # fairseq raises Exception itself
-                f"--dict {dictionary} cannot be read ({error}): name the dict.txt of the model"
-            ) from None
-        symbols, rows = identity.symbols(lines), len(self.weights[EMBEDDINGS[0]])
-        if len(symbols) != rows:
-            raise ConfigError(
-                f"--base {self.base} has {rows:,} embedding rows, --dict {dictionary} and language "
-                f"tokens make {len(symbols):,}: name the dictionary file that it was trained with"
-            )
+        rows = len(self.weights[EMBEDDINGS[0]])
+        lines, symbols = dictionary.symbols(words, identity, rows)
         return replace(identity, lines=len(lines), appended=symbols[len(lines) :])

@@ -121,14 +121,15 @@ class Tokenizer:
 
     def _merges(self):
         """Pairs of pieces that make a piece, those of the best score first."""
-        found = []
-        for piece, score in self.model.pieces.items():
-            for cut in range(1, len(piece)):
-                pair = piece[:cut], piece[cut:]
-                if piece in self.vocab and all(part in self.model.pieces for part in pair):
-                    if all(part in self.vocab for part in pair):
-                        found.append((-score, *map(self.vocab.get, pair), pair))
-        return [list(pair) for *_, pair in sorted(found)]
+        scores = {p: s for p, s in self.model.pieces.items() if p in self.vocab}
+        found = [
+            (-scores[piece], self.vocab[piece[:cut]], self.vocab[piece[cut:]])
+            for piece in scores
+            for cut in range(1, len(piece))
+            if piece[:cut] in scores and piece[cut:] in scores
+        ]
+        names = [*self.vocab]
+        return [[names[first], names[second]] for _, first, second in sorted(found)]
 
 
 def _special(token):

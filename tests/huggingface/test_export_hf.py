@@ -172,6 +172,8 @@ def test_what_else_is_refused(corpus, spm, tmp_path):
     words[1:4:2] = files[1], files[1]
     assert "is no SentencePiece model: name the one" in refusal(path, *new, *words)
     assert "no such file" in refusal(tmp_path / "nothing.pt", *new, *files)
+    told = refusal(corpus.base, *new, *files, "--pair", "de-en")
+    assert "has no adapters: leave out --pair and --without-adapters" in told
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "file").touch()
     assert "is there already" in refusal(path, *new, *files, "--without-adapters")

@@ -1,5 +1,6 @@
 """From a folder of a hub through training to folders for a hub, with the real commands."""
 
+import json
 import shlex
 from collections import namedtuple
 
@@ -71,6 +72,7 @@ def test_merged_model_and_halves_decode_as_the_checkpoint(trained, corpus):
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "merged")
     names = tokenizer, lines, symbols, f"__{target}__"
     compare(greedy(load(folder / "merged"), *names), expected)
+    print(len(lines), "sentences,", sum(map(len, expected[1])), "tokens decoded the same")
     forced = {"forced_bos_token_id": symbols.index(f"__{target}__")}
     base, parts = load(folder / "hf"), [f"{source}-source", f"{target}-target", "shared"]
     plain = greedy(base, *names, **forced)[1]
@@ -89,8 +91,9 @@ def test_they_are_evaluated_and_come_back(trained):
     for name, path in (("base", folder / "base" / "model.pt"), ("tuned", checkpoint)):
         given = ["--path", path, "--out", folder / name, "--gen-subset", "valid", "--cpu"]
         given += [*words, "--max-len-b", "20"]
-        _, out, _ = lslora("evaluate", folder / "data", *given)
-        assert f"{langs['en']}-{langs['fr']}" in out
+        lslora("evaluate", folder / "data", *given)
+        scored = json.loads((folder / name / "scores.json").read_text("utf-8"))["directions"]
+        assert f"{langs['en']}-{langs['fr']}" in scored and len(scored) == 4
     halves = folder / "halves"
     lslora("export-peft", checkpoint, "--out", halves)
     _, out, _ = lslora(
