@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lslora_fairseq.adapters.folder import CARD, umask
-from lslora_fairseq.errors import ConfigError
+from lslora_fairseq.errors import ConfigError, listed
 from lslora_fairseq.huggingface.folder import read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -131,33 +131,46 @@ def read(folder):
     if tensors:
         some = sorted(tensors)[:3]
         reasons.append(f"it holds {', '.join(some)}, which are not both factors of an adapter")
+    targets = config.get("target_modules") or []
+    if not isinstance(targets, (str, list)):
+        reasons.append(f"its target_modules are {targets}")
+        targets = []
     found = {}
     for name, (A, B) in modules.items():
-        if not _is_target(name, config.get("target_modules")):
+        if not _is_target(name, targets):
             reasons.append(f"it holds {name}, which is none of its target modules")
         rank = _setting(config, "rank_pattern", name, config.get("r"))
         alpha = _setting(config, "alpha_pattern", name, config.get("lora_alpha"))
-        if len(A) != rank or B.dim() != 2 or B.size(1) != rank:
+        if A.dim() != 2 or B.dim() != 2 or len(A) != rank or B.size(1) != rank:
             reasons.append(f"{name} has rank {len(A)}, and its settings say {rank}")
+        elif not isinstance(alpha, (int, float)):
+            reasons.append(f"{name} has the alpha {alpha}")
         elif config.get("use_rslora"):
             alpha *= math.sqrt(rank)
         found[name] = Factors(A, B, alpha)
-    lacking = {name for name in config.get("rank_pattern") or () if name.startswith("model.")}
-    lacking -= modules.keys()
-    if lacking:
-        reasons.append(f"it lacks the adapter of {min(lacking)}")
+    if not isinstance(targets, str):
+        lacking = [t for t in targets if t.startswith("model.") and t not in modules]
+        if lacking:
+            reasons.append(f"it lacks the adapter of {listed(lacking)}")
     return found, reasons
 
 
 def _is_target(name, targets):
     if isinstance(targets, str):
-        return targets == "all-linear" or bool(re.fullmatch(targets, name))
-    return any(name == target or name.endswith(f".{target}") for target in targets or ())
+        return targets == "all-linear" or _fits(targets, name)
+    return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
 def _setting(config, pattern, name, usual):
     """What PEFT finds for a module: the first of the patterns that fits its name."""
     for key, value in (config.get(pattern) or {}).items():
-        if re.match(rf"(.*\.)?({key})$", name):
+        if _fits(rf"(.*\.)?({key})", name):
             return value
     return usual
+
+
+def _fits(pattern, name):
+    try:
+        return bool(re.fullmatch(pattern, name))
+    except re.error:
+        return False

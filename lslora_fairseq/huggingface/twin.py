@@ -124,7 +124,13 @@ def options_of(config):
     for name, value in TOKEN_IDS.items():
         if config.get(name, value) != value:
             reasons.append(f"{name} is {config[name]} and not {value}")
-    options = {name: config.get(field, usual) for field, (name, usual) in FIELDS.items()}
+    options = {}
+    for field, (name, usual) in FIELDS.items():
+        options[name] = config.get(field, usual)
+        kind = (int, float) if isinstance(usual, float) else type(usual)
+        if not isinstance(options[name], kind) or (kind is int and options[name] < 1):
+            reasons.append(f"{field} is {options[name]!r}")
+            options[name] = usual
     if options["activation_fn"] not in ACTIVATIONS:
         reasons.append(
             f"activation_function is {options['activation_fn']}, which fairseq does not have"
@@ -132,7 +138,7 @@ def options_of(config):
     dim = options["encoder_embed_dim"]
     for stack in MODULES:
         heads = options[f"{stack}_attention_heads"]
-        if not heads or dim % heads:
+        if dim % heads:
             reasons.append(f"{dim} numbers do not divide among {heads} heads")
     made = Namespace(
         **options,

@@ -65,34 +65,41 @@ def read(folder, rows):
             "it holds no SentencePiece model (sentencepiece.bpe.model): copy it from the model "
             "that it was made of"
         ]
-    settings = read_json(folder, "tokenizer_config.json", {})
-    tokens, reasons = _pieces(folder, words), []
-    added = _added(folder, settings, len(tokens))
-    for number, (token, name) in added.items():
+    try:
+        tokens, added, is_small = _tokens(folder, words)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        return None, [f"its tokenizer's files are not as transformers writes them ({error!r})"]
+    reasons, langs = [], {}
+    for number, token, name in added:
         if tokens.setdefault(number, token) != token:
             reasons.append(f"row {number} is {tokens[number]} and, in {name}, {token}")
+        match = _LANGUAGE.fullmatch(token)
+        if match:
+            langs[number] = match[1] or match[2]
     if [tokens.get(number) for number in range(4)] != list(SPECIALS):
         first = " ".join(str(tokens.get(number)) for number in range(4))
         reasons.append(f"its first tokens are {first} and not {' '.join(SPECIALS)}")
     beyond = [token for number, token in sorted(tokens.items()) if number >= rows]
     if beyond:
         reasons.append(f"it has {listed(beyond)} beyond the {rows:,} rows of its embeddings")
-    langs = {}
-    for number, (token, _) in sorted(added.items()):
-        match = _LANGUAGE.fullmatch(token)
-        if match:
-            langs[number] = match[1] or match[2]
     if not langs:
         reasons.append("its files do not tell which rows are tokens of languages")
     renamed = {code: RENAMED[code] for code in langs.values() if code in RENAMED}
-    for number, code in langs.items():
-        tokens[number] = f"__{RENAMED.get(code, code)}__"
+    langs = {number: renamed.get(code, code) for number, code in sorted(langs.items())}
+    tokens.update({number: f"__{code}__" for number, code in langs.items()})
     symbols, unused = _symbols(tokens, rows)
     reasons += _odd(symbols)
-    codes = [RENAMED.get(code, code) for code in langs.values()]
+    return Vocabulary(symbols, [*langs.values()], spm, renamed, is_small, unused), reasons
+
+
+def _tokens(folder, words):
+    """What the files tell: row -> piece; row, token and file of what was added; and whether it is
+    the tokenizer of SMALL-100."""
+    settings = read_json(folder, "tokenizer_config.json", {})
+    tokens = _pieces(folder, words)
     is_small = os.path.isfile(os.path.join(folder, "tokenization_small100.py"))
     is_small |= str(settings.get("tokenizer_class")).startswith("SMALL100")
-    return Vocabulary(symbols, codes, spm, renamed, is_small, unused), reasons
+    return tokens, _added(folder, settings, len(tokens)), is_small
 
 
 def _spm(folder):
@@ -129,15 +136,16 @@ def spm_pieces(path):
 
 
 def _added(folder, settings, count):
-    """Row -> (token, the file that tells it), of what was added to the *count* pieces."""
-    found = {}
-    for entry in read_json(folder, "tokenizer.json", {}).get("added_tokens", []):
-        found[entry["id"]] = entry["content"], "tokenizer.json"
+    """Row, token, and the file that tells it, of what was added to the *count* pieces."""
+    found = [
+        (entry["id"], entry["content"], "tokenizer.json")
+        for entry in read_json(folder, "tokenizer.json", {}).get("added_tokens", [])
+    ]
     for number, entry in settings.get("added_tokens_decoder", {}).items():
-        found.setdefault(int(number), (entry["content"], "tokenizer_config.json"))
+        found.append((int(number), entry["content"], "tokenizer_config.json"))
     for token, number in read_json(folder, "added_tokens.json", {}).items():
-        found.setdefault(number, (token, "added_tokens.json"))
-    if any(_LANGUAGE.fullmatch(token) for token, _ in found.values()):
+        found.append((number, token, "added_tokens.json"))
+    if any(_LANGUAGE.fullmatch(token) for _, token, _ in found):
         return found
     # no file has numbers of languages: they follow the pieces, in the order of a list
     name = "special_tokens_map.json"
@@ -147,7 +155,7 @@ def _added(folder, settings, count):
     if not tokens and is_m2m and os.path.isfile(os.path.join(folder, "vocab.json")):
         tokens, name = [f"__{code}__" for code in M2M_100], "the class M2M100Tokenizer"
     for number, token in enumerate(tokens or [], count):
-        found[number] = token["content"] if isinstance(token, dict) else token, name
+        found.append((number, token["content"] if isinstance(token, dict) else token, name))
     return found
 
 

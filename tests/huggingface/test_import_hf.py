@@ -168,8 +168,10 @@ def test_what_the_options_are(spm, tmp_path, capsys):
     assert not options["encoder_layerdrop"] and options["max_source_positions"] == 1024
 
 
-def test_doctor_says_ok_on_every_line(folder, tmp_path):
-    out, _ = imported(folder)
+@pytest.mark.parametrize("form", [pytest.param("m2m", marks=pytest.mark.slow), "nllb"])
+def test_doctor_says_ok_on_every_line(form, spm, tmp_path):
+    getattr(hub, form)(tmp_path / "hf", spm)
+    out, _ = imported(tmp_path / "hf")
     source, target = (out / "langs.txt").read_text("utf-8").split()[1:3]
     for split in ("train", "valid"):
         for lang in (source, target):
@@ -221,6 +223,8 @@ def test_all_reasons_are_in_one_message(spm, tmp_path):
            pad_token_id=0, quantization_config={"bits": 4}, encoder_attention_heads=3)  # fmt: skip
     told = refusal(folder)
     assert told.startswith(f"{folder} cannot become a model of fairseq (6 reasons): ")
+    change(folder, "config.json", encoder_layers="x", decoder_layers=0)
+    assert "encoder_layers is 'x'; decoder_layers is 0" in refusal(folder)
     for reason in (
         "it is MBartForConditionalGeneration and not M2M100ForConditionalGeneration",
         "its embeddings are not shared (tie_word_embeddings is false)", "it is quantized",
@@ -253,9 +257,13 @@ def test_weights_that_do_not_fit(spm, tmp_path):
 def test_tokens_that_do_not_fit(spm, tmp_path):
     folder = tmp_path / "hf"
     hub.nllb(folder, spm)
+    start = 4 + len(hub.pieces(spm))
     entries = {"4": {"content": "other"}, "2000": {"content": "<beyond>"}}
+    entries[str(start + 1)] = {"content": "fra_Latn"}
     change(folder, "tokenizer_config.json", added_tokens_decoder=entries)
     told = refusal(folder)
+    assert f"row {start + 1} is eng_Latn and, in tokenizer_config.json, fra_Latn" in told
+    assert "several rows have the token __fra_Latn__" in told
     assert f"row 4 is {hub.pieces(spm)[0]} and, in tokenizer_config.json, other" in told
     assert "it has <beyond> beyond the" in told
     content = json.loads((folder / "tokenizer.json").read_text("utf-8"))
@@ -264,6 +272,8 @@ def test_tokens_that_do_not_fit(spm, tmp_path):
     change(folder, "special_tokens_map.json", additional_special_tokens=[])
     change(folder, "tokenizer_config.json", added_tokens_decoder={})
     assert "its files do not tell which rows are tokens of languages" in refusal(folder)
+    change(folder, "tokenizer_config.json", added_tokens_decoder={"x": 1})
+    assert "its tokenizer's files are not as transformers writes them (" in refusal(folder)
     (folder / "sentencepiece.bpe.model").unlink()
     assert "it holds no SentencePiece model" in refusal(folder)
 
