@@ -29,6 +29,8 @@ setup(
         "plot": ["matplotlib>=3.8"],
         "mecab": ["sacrebleu[ja,ko]"],
         "langid": ["py3langid>=0.2.2", "langcodes>=3.3"],
+        # for those who load what is exported; the commands themselves need neither
+        "hf": ["transformers>=4.57", "peft>=0.21"],
         "test": [
             "pytest",
             "pytest-cov",

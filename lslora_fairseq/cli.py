@@ -31,6 +31,22 @@ COMMANDS = {
     "inspect": ("adapters.inspect", "what adapter files, or a checkpoint with adapters, hold"),
     "assemble": ("adapters.assemble", "a checkpoint of a base model and adapter files"),
     "merge": ("adapters.merge", "a checkpoint of fairseq's own transformer, for one direction"),
+    "import-hf": (
+        "huggingface.import_hf",
+        "a checkpoint of fairseq from a folder of Hugging Face transformers",
+    ),
+    "export-hf": (
+        "huggingface.export_hf",
+        "a folder of Hugging Face transformers from a model of fairseq",
+    ),
+    "export-peft": (
+        "huggingface.export_peft",
+        "folders of PEFT adapters from a checkpoint with adapters",
+    ),
+    "import-peft": (
+        "huggingface.import_peft",
+        "files of languages' adapters from folders of PEFT",
+    ),
     "compare": (
         "evaluation.compare",
         "is a system better than another, direction by direction and tier by tier",

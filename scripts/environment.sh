@@ -1,6 +1,8 @@
 # Sourced by the scripts that need Python packages: finds or makes .venv in the clone, installs the
 # tested versions from requirements.txt once, and puts them first on PATH.
-# Expects ROOT (the clone). PYTHON chooses the interpreter, VENV another folder.
+# Expects ROOT (the clone). PYTHON chooses the interpreter, VENV another folder. HF=1 adds the
+# packages of requirements-hf.txt, and takes torchaudio away: fairseq's package asks for it and
+# nothing here does, and that of another build than torch's breaks the import of transformers.
 
 # shellcheck source=lock.sh
 source "$ROOT/scripts/lock.sh"
@@ -26,7 +28,7 @@ lslora_installed() {
 }
 
 lslora_wanted() {
-    cat "$ROOT/requirements.txt" "$ROOT/setup.py"
+    cat "$ROOT/requirements.txt" ${HF:+"$ROOT/requirements-hf.txt"} "$ROOT/setup.py"
     echo "$ROOT"
 }
 
@@ -42,7 +44,9 @@ lslora_install() { # VENV
     if ! {
         # fairseq 0.12.2 depends on an omegaconf whose metadata pip 24.1 and later refuse
         "$1/bin/python" -m pip install 'pip<24.1' 'setuptools<85' wheel &&
-            "$1/bin/python" -m pip install -r "$ROOT/requirements.txt" &&
+            "$1/bin/python" -m pip install -r "$ROOT/requirements.txt" \
+                ${HF:+-r "$ROOT/requirements-hf.txt"} &&
+            { [ -z "${HF:-}" ] || "$1/bin/python" -m pip uninstall -y torchaudio; } &&
             "$1/bin/python" -m pip install --no-deps --no-build-isolation -e "$ROOT"
     } >"$log" 2>&1; then
         tail -n 3 "$log" >&2

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Runs ruff and the tests: bash scripts/test.sh [--python 3.10] [pytest arguments]
 # With --python, in an environment of its own with that Python (.venv-3.10).
+# With --hf, after --python if both are given, the tests with transformers and peft alone, in an
+# environment of its own that has the two (.venv-hf).
 # With --cov=lslora_fairseq, tells which lines they reach, and takes a third longer.
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -11,6 +13,11 @@ if [ "${1:-}" = --python ]; then
     fi
     export PYTHON="${PYTHON:-python$2}" VENV="$ROOT/.venv-$2"
     shift 2
+fi
+if [ "${1:-}" = --hf ]; then
+    export HF=1 VENV="${VENV:-$ROOT/.venv}-hf"
+    shift
+    set -- tests/huggingface "$@"
 fi
 source "$ROOT/scripts/environment.sh"
 cd "$ROOT"

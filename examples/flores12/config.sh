@@ -141,12 +141,18 @@ same_settings() {
 # dictionary: fairseq sorts the languages of the directions that a model is trained on, and the
 # archive lists those in language_pairs.txt. All of them are needed, whichever are fine-tuned.
 # This holds for M2M. The tokens of NLLB are in no alphabetical order (pes_Arab stands before
-# fij_Latn, zsm_Latn before mya_Mymr): give its languages in its dictionary's order instead.
+# fij_Latn, zsm_Latn before mya_Mymr): lslora import-hf writes them to langs.txt in their own.
 model_languages() {
     local list="$MODEL_DIR/language_pairs.txt" language found
-    need "$list" "run examples/flores12/download.sh, or name the base model's languages in its" \
-        "order: MODEL_LANGUAGES=af,am,..."
-    found="$(tr -cs 'A-Za-z0-9_' '\n' <"$list" | sed '/^$/d' | LC_ALL=C sort -u | paste -sd, -)"
+    if [ -s "$MODEL_DIR/langs.txt" ]; then
+        list="$MODEL_DIR/langs.txt"
+        found="$(paste -sd, - <"$list")"
+    else
+        need "$list" "run examples/flores12/download.sh, or name the base model's languages in" \
+            "its order: MODEL_LANGUAGES=af,am,..."
+        found="$(tr -cs 'A-Za-z0-9_' '\n' <"$list" | sed '/^$/d' | LC_ALL=C sort -u |
+            paste -sd, -)"
+    fi
     for language in $LANGUAGES; do
         case ",$found," in
             *",$language,"*) ;;

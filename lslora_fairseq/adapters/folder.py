@@ -69,7 +69,7 @@ def new(path):
         beside = tempfile.mkdtemp(prefix=f"{os.path.basename(path)}.tmp", dir=os.path.dirname(path))
         try:
             yield beside
-            os.chmod(beside, 0o777 & ~_umask())
+            os.chmod(beside, 0o777 & ~umask())
             os.replace(beside, path)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
@@ -86,7 +86,7 @@ def _write(folder, name, content):
         return file.write(content)
 
 
-def _umask():
+def umask():
     """What mkdtemp does not heed."""
     mask = os.umask(0)
     os.umask(mask)

@@ -17,17 +17,23 @@ holds plain values, which torch loads with weights_only=True, and CTranslate2 co
 
 
 def add_arguments(parser):
+    add_sources(parser)
+    add = parser.add_argument
+    add("--pair", metavar="PAIR", help="the direction; several with commas, or patterns: 'en-*'")
+    add(
+        "--out", metavar="FILE|DIR", required=True,
+        help="the file to write; a new folder where --pair is more than one direction",
+    )  # fmt: skip
+
+
+def add_sources(parser):
+    """The options that name a model with adapters."""
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", nargs="?", help="that fairseq-train wrote")
     add("--base", metavar="BASE", help="instead of it: checkpoint of the stock base model")
     add(
         "--adapters", metavar="DIR|FILE", nargs="+",
         help="with --base: files that lslora extract wrote, and folders of them",
-    )  # fmt: skip
-    add("--pair", metavar="PAIR", help="the direction; several with commas, or patterns: 'en-*'")
-    add(
-        "--out", metavar="FILE|DIR", required=True,
-        help="the file to write; a new folder where --pair is more than one direction",
     )  # fmt: skip
 
 
@@ -37,7 +43,7 @@ def run(args):
     from lslora_fairseq.adapters.merging import Merging
     from lslora_fairseq.errors import ConfigError
 
-    made = Merging(_trained(args))
+    made = Merging(trained_of(args))
     path = made.trained.path
     if made.directions is None and args.pair is not None:
         raise ConfigError(
@@ -56,8 +62,8 @@ def run(args):
     return 0
 
 
-def _trained(args):
-    """The model with adapters that the options name."""
+def trained_of(args):
+    """The model with adapters that the options of :func:`add_sources` name."""
     from lslora_fairseq import checkpoints
     from lslora_fairseq.adapters.assembly import assembled
     from lslora_fairseq.analysis import trained

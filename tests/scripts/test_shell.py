@@ -62,7 +62,7 @@ class Clone:
     def __init__(self, folder):
         self.root, self.calls, self.go = folder / "a clone", folder / "calls", folder / "go"
         shutil.copytree(ROOT / "scripts", self.root / "scripts")
-        for name in ("requirements.txt", "setup.py"):
+        for name in ("requirements.txt", "requirements-hf.txt", "setup.py"):
             shutil.copy(ROOT / name, self.root)
         python = folder / "python"
         python.write_text(PYTHON)
@@ -75,7 +75,8 @@ class Clone:
             "CALLS": str(self.calls),
             "GO": str(self.go),
         }
-        self.env.pop("VENV", None)
+        for name in ("VENV", "HF"):
+            self.env.pop(name, None)
 
     def start(self, broken=""):
         return subprocess.Popen(
@@ -119,3 +120,18 @@ def test_an_installation_that_failed_is_done_again_when_the_versions_are_changed
     assert clone.installed("broken") == (1, 4)
     requirements.write_text(wanted)
     assert clone.installed() == (0, 7)
+
+
+def test_an_environment_with_transformers_has_no_torchaudio(tmp_path):
+    """It is made anew where only one of the files of versions changes."""
+    clone = Clone(tmp_path)
+    clone.go.touch()
+    clone.env["HF"] = "1"
+    assert clone.installed() == (0, 4)
+    tools, versions, audio, ours = clone.calls.read_text().splitlines()
+    assert versions.endswith("requirements-hf.txt") and "/requirements.txt" in versions
+    assert audio == "-m pip uninstall -y torchaudio"
+    assert clone.installed() == (0, 4)
+    with open(clone.root / "requirements-hf.txt", "a") as file:
+        file.write("peft<1\n")
+    assert clone.installed() == (0, 8)
