@@ -191,8 +191,10 @@ def decoding_step(x, weight, bias, adapters):
         (batch, time, out)
     """
     y = F.linear(x, weight, bias)
+    flat_x, flat_y = x.flatten(0, 1), y.flatten(0, 1)
     for A, B, scaling in adapters:
-        h = F.linear(x[..., : A.size(1)], A)
-        h = h if scaling is None else h.mul_(scaling)
-        y[..., : B.size(1)].flatten(0, 1).addmm_(h.flatten(0, 1), B)
+        h = F.linear(flat_x[:, : A.size(1)], A)
+        if scaling is not None:
+            h.view(*x.shape[:2], -1).mul_(scaling)
+        flat_y[:, : B.size(1)].addmm_(h, B)
     return y

@@ -20,7 +20,7 @@ def base():
 @pytest.mark.parametrize(
     "languages, limit, decoding",
     # in decoding more languages than one block has columns for gather their rows
-    [(12, 1.5, 1.85), (30, 1.6, 1.85), (100, 1.7, 2.05), (200, 1.8, 2.05)],
+    [(12, 1.5, 1.65), (30, 1.6, 1.65), (100, 1.7, 2.05), (200, 1.8, 2.05)],
 )
 def test_operations_do_not_grow_with_the_languages(languages, limit, decoding):
     ours = count(OURS, SHAPE, languages)
