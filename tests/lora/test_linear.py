@@ -205,8 +205,10 @@ def test_dropout_acts_on_the_adapters_alone_and_in_training_alone():
 
 def test_beams_of_a_sentence_share_its_route():
     """Cross-attention projects each sentence once while the routes count its beams."""
-    linear = make([1, 1, 1, 0, 0, 0])  # not sorted
-    x = torch.randn(4, 2, 6)
+    ids = [1, 1, 1, 0, 0, 0]  # not sorted
+    linear = make(ids)
+    beams, x = torch.randn(4, 6, 6), torch.randn(4, 2, 6)
+    torch.testing.assert_close(linear(beams), by_formula(linear, beams, ids), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(linear(x), by_formula(linear, x, [1, 0]), atol=1e-5, rtol=1e-5)
 
 
