@@ -25,7 +25,7 @@ def options(model, tokens, pair):
     TranslationMultiSimpleEpochTask.add_args(of_task)
     names = [action.dest for action in of_model._actions]
     source, target = pair
-    specs = tokens["encoder_langtok"], "tgt" if tokens["decoder_langtok"] else None
+    specs = tokens["encoder_langtok"] or None, "tgt" if tokens["decoder_langtok"] else None
     found = {
         **vars(of_task.parse_args([""])),
         **{name: model[name] for name in names if name in model},
