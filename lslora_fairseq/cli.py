@@ -33,11 +33,11 @@ COMMANDS = {
     "merge": ("adapters.merge", "a checkpoint of fairseq's own transformer, for one direction"),
     "import-hf": (
         "huggingface.import_hf",
-        "a checkpoint of fairseq from a folder of Hugging Face transformers",
+        "a checkpoint of fairseq from a folder of Hugging Face",
     ),
     "export-hf": (
         "huggingface.export_hf",
-        "a folder of Hugging Face transformers from a model of fairseq",
+        "a folder of Hugging Face from a model of fairseq",
     ),
     "export-peft": (
         "huggingface.export_peft",

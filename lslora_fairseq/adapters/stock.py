@@ -25,14 +25,17 @@ def options(model, tokens, pair):
     TranslationMultiSimpleEpochTask.add_args(of_task)
     names = [action.dest for action in of_model._actions]
     source, target = pair
+    specs = tokens["encoder_langtok"] or None, "tgt" if tokens["decoder_langtok"] else None
     found = {
         **vars(of_task.parse_args([""])),
         **{name: model[name] for name in names if name in model},
         **tokens,
+        "langtoks": tokens.get("langtoks") or {"main": specs},
         **dict.fromkeys(("encoder_embed_path", "decoder_embed_path")),  # weights are here
         "lang_pairs": f"{source}-{target}", "source_lang": source, "target_lang": target,
         "arch": ARCH, "_name": ARCH, "task": TASK,
-        "seed": 1, "dataset_impl": None,  # the task reads them, too
+        # the task reads them, too; 0.12.2 cannot add what is missing
+        "seed": 1, "dataset_impl": None, "shuffle_instance": False,
     }  # fmt: skip
     return json.loads(json.dumps(found))
 

@@ -35,7 +35,7 @@ def model(made, tokenizer, before, forced):
             'inputs = tokenizer("A text.", return_tensors="pt")\nout = model.generate(**inputs)\n'
         )
     else:
-        first, second = ([*tokenizer.langs.values()] * 2)[:2]
+        first, second = [*tokenizer.langs.values(), "LANGUAGE", "LANGUAGE"][:2]
         title = "# Multilingual translation"
         about = (
             "A model of fairseq. The token of the source language is written in front of a text; "

@@ -44,7 +44,6 @@ def run(args):
             )
         chosen = pairs.chosen(args.pair, made.directions, "--pair", made.trained.path)
     found = peft_exporting.write(args.out, made, chosen, args.base_name)
-    for name, modules in found.items():
-        entries = sum(factors.A.numel() + factors.B.numel() for factors in modules.values())
-        print(f"{args.out}/{name:<24}{len(modules):>5} modules{entries:>14,} entries")
+    for name, (modules, entries) in found.items():
+        print(f"{args.out}/{name:<24}{modules:>5} modules{entries:>14,} entries")
     return 0

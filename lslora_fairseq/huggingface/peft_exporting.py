@@ -88,7 +88,7 @@ def write(out, merging, pairs, base):
         base: name of the base model for the cards, or None
 
     Returns:
-        name of each folder -> its modules
+        name of each folder -> how many modules and entries it has
 
     Raises:
         ConfigError: a folder cannot be written.
@@ -103,8 +103,10 @@ def write(out, merging, pairs, base):
     found = {}
     with new(out) as beside:
         for name, owners in chosen.items():
-            found[name] = modules(merging, owners)
+            adapted = modules(merging, owners)
             os.mkdir(os.path.join(beside, name))
-            card = cards.adapter(name, base, merging, chosen, found[name])
-            peft.write(os.path.join(beside, name), found[name], base, card)
+            card = cards.adapter(name, base, merging, chosen, adapted)
+            peft.write(os.path.join(beside, name), adapted, base, card)
+            entries = sum(factors.A.numel() + factors.B.numel() for factors in adapted.values())
+            found[name] = len(adapted), entries
     return found

@@ -9,7 +9,9 @@ import hub
 import pytest
 import torch
 from console import ROOT, lslora, run
+from fairseq.checkpoint_utils import load_model_ensemble_and_task
 from fairseq.data import Dictionary
+from fairseq.models.transformer import TransformerModel
 from safetensors.torch import load_file, save_file
 
 from lslora_fairseq import cli
@@ -166,6 +168,20 @@ def test_what_the_options_are(spm, tmp_path, capsys):
         assert option in words
     options = torch.load(tmp_path / "out" / "model.pt", weights_only=True)["cfg"]["model"]
     assert not options["encoder_layerdrop"] and options["max_source_positions"] == 1024
+
+
+def test_stock_fairseq_loads_it(folder):
+    """Strictly, with the last layer norms of both stacks, which it takes from models without a
+    version."""
+    out, content = imported(folder)
+    told = {"data": str(out), "fixed_dictionary": str(out / "dict.txt")}
+    (model,), _, task = load_model_ensemble_and_task([str(out / "model.pt")], told)
+    assert type(model) is TransformerModel
+    assert len(task.source_dictionary) == len(content["model"][EMBEDDINGS[0]])
+    for stack in (model.encoder, model.decoder):
+        name = "encoder" if stack is model.encoder else "decoder"
+        assert torch.equal(stack.layer_norm.weight, content["model"][f"{name}.layer_norm.weight"])
+    assert model.encoder.embed_tokens.weight is model.decoder.output_projection.weight
 
 
 @pytest.mark.parametrize("form", [pytest.param("m2m", marks=pytest.mark.slow), "nllb"])

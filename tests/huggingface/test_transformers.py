@@ -39,7 +39,9 @@ def imported(request, corpus, tmp_path_factory):
         path = folder / "hf" / "tokenizer.json"
         added = json.loads(path.read_text("utf-8"))["added_tokens"]
         path.unlink()
-        transformers.NllbTokenizer.from_pretrained(folder / "hf").save_pretrained(folder / "made")
+        transformers.NllbTokenizerFast.from_pretrained(folder / "hf").save_pretrained(
+            folder / "made"
+        )
         made = json.loads((folder / "made" / "tokenizer.json").read_text("utf-8"))
         hub.write_json(folder / "hf", "tokenizer.json", {**made, "added_tokens": added})
     return form, folder / "hf", folder / "ours"
