@@ -58,10 +58,15 @@ class Corpus:
         return self._results[key]
 
     def groups(self):
-        """name -> whether a direction belongs to it."""
+        """name -> whether a direction belongs to it; tiers that the corpus has none of are left
+        out."""
+        first = next(iter(self.choices))
+        results = self.results(first, self.seeds(first)[0])
+        present = {code for pair in reports.scores(results, "BLEU") for code in groups.sides(pair)}
         found = {
             tier: lambda pair, codes=codes: any(code in codes for code in groups.sides(pair))
             for tier, codes in self.tiers.items()
+            if present.intersection(codes)
         }
         found["from English"] = lambda pair: groups.sides(pair)[0] == finetune.PIVOT
         found["into English"] = lambda pair: groups.sides(pair)[1] == finetune.PIVOT

@@ -231,6 +231,13 @@ def test_the_report_has_means_over_seeds_and_what_each_system_costs(reported):
     assert (cells["trained"], cells["surviving"], cells["peak MiB"]) == ("1,000", "123", "700")
 
 
+def test_tiers_without_a_direction_are_left_out(reported):
+    """News has no text of some languages."""
+    tiers = {"high": ["de"], "medium": ["cs"], "low": ["wo", "xh"]}
+    corpus = report.Corpus(reported[0] / "results" / "base" / "few", tiers)
+    assert [*corpus.groups()] == ["high", "low", "from English", "into English", "all"]
+
+
 def test_the_report_tells_whether_full_fine_tuning_was_beaten(reported):
     _, text, numbers = reported
     header, _, row = table_of(text, "BLEU over full (p of each seed)")
