@@ -208,6 +208,7 @@ def test_four_processes_on_two_machines_give_what_one_gives(cluster, whole):
     assert removed > 0
 
 
+@pytest.mark.slow
 def test_a_killed_process_and_a_signal_change_no_bit(cluster, whole):
     """One process is killed, the run goes on and is stopped by a signal to another, and goes on."""
     machines = cluster.torchrun("disturbed")

@@ -87,6 +87,7 @@ def test_a_stock_model(corpus, tmp_path):
     check(corpus, evaluated(corpus, corpus.base, tmp_path / "out"), corpus.base)
 
 
+@pytest.mark.slow
 def test_an_ensemble_of_a_model_and_its_base(corpus, finetuned, tmp_path):
     path = f"{finetuned[0]}:{corpus.base}"
     together = check(corpus, evaluated(corpus, path, tmp_path / "out"), path)
