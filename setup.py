@@ -30,7 +30,11 @@ setup(
         "mecab": ["sacrebleu[ja,ko]"],
         "langid": ["py3langid>=0.2.2", "langcodes>=3.3"],
         # for those who load what is exported; the commands themselves need neither
-        "hf": ["transformers>=4.57", "peft>=0.21"],
+        "hf": [
+            "transformers==5.24.0; python_version>='3.11'",
+            "transformers==4.57.6; python_version<'3.11'",
+            "peft==0.21.2",
+        ],
         "test": [
             "pytest",
             "pytest-cov",
