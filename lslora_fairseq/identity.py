@@ -15,7 +15,7 @@ import torch
 from lslora_fairseq.errors import ConfigError, listed
 from lslora_fairseq.keys import RECORD
 
-VERSION = 2  # of version 1 are records without lines, appended and base
+VERSION = 3  # of version 1 are records without lines, appended and base, of 2 those without new
 
 
 @dataclass
@@ -31,6 +31,7 @@ class Identity:
         lines: symbols of the dictionary file, specials included, or None
         appended: the symbols that the model has beyond these, in order, or None
         base: fingerprint of the base model that its adapters were begun on, or None
+        new: those of the appended symbols that this base model does not have
     """
 
     path: str = "the checkpoint"
@@ -43,6 +44,7 @@ class Identity:
     lines: Optional[int] = None
     appended: Optional[list] = None
     base: Optional[str] = None
+    new: list = field(default_factory=list)
 
     @classmethod
     def from_options(cls, path, options):
@@ -106,6 +108,12 @@ class Identity:
         from fairseq.data.multilingual.multilingual_utils import get_lang_tok
 
         return get_lang_tok(code, self.lang_tok_style)
+
+    def tokens(self, code):
+        """All tokens of a language, one for each of ``--langtoks-specs``."""
+        from fairseq.data.multilingual.multilingual_utils import get_lang_tok
+
+        return [get_lang_tok(code, self.lang_tok_style, spec) for spec in self.langtoks_specs]
 
     def check_adapters(self, here, added=()):
         """Raises ConfigError where its adapters contradict those of a model.

@@ -53,7 +53,7 @@ def test_records_average_to_themselves():
         (lambda r: torch.tensor(list(b"[]")), f"x.pt holds a damaged {RECORD}"),
         (
             lambda r: torch.tensor(list(b'{"version": 9}')),
-            f"x.pt holds a {RECORD} of version 9, this package reads 2: update lslora_fairseq",
+            f"x.pt holds a {RECORD} of version 9, this package reads 3: update lslora_fairseq",
         ),
     ],
 )

@@ -87,6 +87,7 @@ class Assembly:
             first.extra_data, lines=first.lines, base=first.base,
         )  # fmt: skip
         found.appended = [s for s in found.symbols([]) if s not in self._in_dictionary()]
+        found.new = [s for s in found.appended if s not in appended]
         if {*appended} - {*found.appended}:
             raise ConfigError(
                 f"{base.path} has tokens of other languages or styles than {self.adapters.path}: "

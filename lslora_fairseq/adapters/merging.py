@@ -1,5 +1,7 @@
 """From a model with adapters to a checkpoint of fairseq's own transformer."""
 
+from dataclasses import replace
+
 import torch
 
 from lslora_fairseq.adapters import stock
@@ -53,13 +55,14 @@ class Merging:
         Args:
             pair: one of :attr:`directions`; None if one set of weights serves all
         """
-        model, tokens = self.trained.options, self._tokens()
+        model, tokens = self.trained.options, self._tokens(pair)
         languages = pair.split("-") if pair else self.identity.langs[:2]
         return stock.content(self.weights(pair), stock.options(model, tokens, languages))
 
     @torch.no_grad()
     def weights(self, pair):
-        """The state dict of the merged model; what is merged is fp32, the rest as it was.
+        """The state dict of the merged model; what is merged is fp32, the rest as it was. Of the
+        embeddings it has the rows of :meth:`identity_of`.
 
         Args:
             pair: as for :meth:`checkpoint`
@@ -78,7 +81,43 @@ class Merging:
                 scaling = torch.tensor(alpha, dtype=torch.float) / len(A)
                 deltas.append(delta_weight(found[key].shape, A, B, scaling, share))
             found[key] = folded(found[key], deltas)
+        kept = self._kept_rows(pair)
+        if kept is not None:
+            taken = {}  # what is one matrix stays one
+            for key in EMBEDDINGS:
+                if key in found:
+                    weight = found[key]
+                    found[key] = taken.setdefault(weight.data_ptr(), weight[kept])
         return found
+
+    def identity_of(self, pair):
+        """What a merged model is: without the languages whose tokens are new to the base model and
+        which other directions do not see (:meth:`LSLoTransformerDecoder.set_own_words`).
+
+        Args:
+            pair: as for :meth:`checkpoint`
+        """
+        identity, own = self.identity, pair.split("-") if pair else self.identity.langs
+        hidden = [
+            code
+            for code in self.plan.languages.codes
+            if code not in own and {*identity.tokens(code)} & {*identity.new}
+        ]
+        tokens = {token for code in hidden for token in identity.tokens(code)}
+        return replace(
+            identity,
+            langs=[code for code in identity.langs if code not in hidden],
+            appended=identity.appended and [s for s in identity.appended if s not in tokens],
+            new=[symbol for symbol in identity.new if symbol not in tokens],
+        )
+
+    def _kept_rows(self, pair):
+        """The rows of the embeddings that a merged model has, or None for all."""
+        before, after = self.identity.appended, self.identity_of(pair).appended
+        if before == after:
+            return None
+        lines = self.identity.lines
+        return [*range(lines), *(lines + before.index(symbol) for symbol in after)]
 
     def base_weights(self):
         """The state dict of the model without its adapters."""
@@ -117,9 +156,9 @@ class Merging:
                 found.setdefault(site.name, {})[side] = weight[:, a], weight[:, b], alpha, share
         return found
 
-    def _tokens(self):
+    def _tokens(self, pair):
         """The options that tell which sentence has which token, by name, in plain values."""
-        options, identity = self.trained.options, self.identity
+        options, identity = self.trained.options, self.identity_of(pair)
         source, target = options.get("encoder_langtok"), bool(options.get("decoder_langtok"))
         specs = source or None, "tgt" if target else None
         main = tuple((options.get("langtoks") or {}).get("main") or specs)
@@ -143,4 +182,4 @@ class Merging:
             path: of the checkpoint
             pair: as for :meth:`checkpoint`
         """
-        return stock.command(path, pair or "SOURCE-TARGET", self._tokens())
+        return stock.command(path, pair or "SOURCE-TARGET", self._tokens(pair))

@@ -72,4 +72,5 @@ def _adapted(args):
             + ("" if made.directions else ", or neither it nor --pair to fold them in")
         )
     pair = tuple(args.pair.split("-"))
+    identity = made.identity_of(args.pair)
     return Model(trained.path, trained.options, identity, made.weights(args.pair), pair)

@@ -419,14 +419,32 @@ class LSLoTransformerModel(TransformerModel):
             check_keys(own, state_dict, found)
 
     def _know_base(self, found, state_dict):
-        """The record tells which base model the adapters were begun on."""
+        """The record tells which base model the adapters were begun on, and what is new to it."""
         lines, is_base = self.identity.lines, not any(map(is_adapter_key, state_dict))
         has_values = not any(weight.is_meta for weight in state_dict.values())  # not the doctor's
         if is_base and lines is not None and has_values:
             self.identity.base = fingerprint.of_base(state_dict, lines)
         else:
             self.identity.base = found.base
+        known = found.symbols([])
+        if known is not None and self.identity.appended is not None:
+            added = {*self.identity.appended}.difference(known)
+            self.identity.new = [
+                s for s in self.identity.appended if s in added or s in found.new
+            ]
+            self._give_own_words()
         self._write_record()
+
+    def _give_own_words(self):
+        """Lets the decoder know which words belong to one language each: tokens that are new to
+        the base model."""
+        index, new = self.encoder.dictionary.index, self.identity.new
+        self.decoder.set_own_words([
+            (index(token), language)
+            for language, code in enumerate(self.languages.codes)
+            for token in self.identity.tokens(code)
+            if token in new
+        ])  # fmt: skip
 
     def _identity_of(self, state_dict):
         path, source = being_loaded.get(), "the checkpoint"

@@ -5,6 +5,8 @@ Language ids travel with the tensors they index: in ``net_input`` to the encoder
 the encoder output, and activation checkpointing hands each layer its own batch's again.
 """
 
+import math
+
 import torch
 from fairseq.models.transformer import TransformerDecoderBase, TransformerEncoderBase
 from fairseq.modules.checkpoint_activations import checkpoint_wrapper
@@ -234,6 +236,31 @@ class LSLoTransformerEncoder(_RoutedStack, TransformerEncoderBase):
 class LSLoTransformerDecoder(_RoutedStack, TransformerDecoderBase):
     stock_name = "TransformerDecoder"
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register_buffer("own_words", None, persistent=False)
+
+    def set_own_words(self, own):
+        """Takes note of words that only sentences of one language may be given, step by step: for
+        all others the vocabulary is what it was before that language came.
+
+        Args:
+            own: list of (row of the word, index of the language)
+        """
+        self.own_words = torch.tensor(own, device=self.embed_tokens.weight.device) if own else None
+
+    def _hide(self, logits, encoder_out):
+        """Gives the :attr:`own_words` of other languages than a sentence's two no probability.
+
+        Args:
+            logits: (batch, time, words), changed in place
+        """
+        rows, owners = self.own_words.unbind(1)
+        known = [encoder_out[key][0].unsqueeze(1) for key in LANG_IDS if encoder_out[key]]
+        if known:
+            foreign = torch.stack([owners.ne(ids) for ids in known]).all(0).unsqueeze(1)
+            logits[..., rows] = logits[..., rows].masked_fill(foreign, -math.inf)
+
     def build_decoder_layer(self, cfg, no_encoder_attn=False):
         return _maybe_checkpointed(LSLoTransformerDecoderLayer(cfg, no_encoder_attn), cfg)
 
@@ -249,7 +276,8 @@ class LSLoTransformerDecoder(_RoutedStack, TransformerDecoderBase):
         src_lengths=None,
         return_all_hiddens=False,
     ):
-        """As fairseq's; the ``inner_states`` are there if *return_all_hiddens* asks for them."""
+        """As fairseq's; the ``inner_states`` are there if *return_all_hiddens* asks for them. In
+        search, step by step, words of other languages are hidden."""
         x, extra = self.extract_features(
             prev_output_tokens,
             encoder_out,
@@ -259,7 +287,12 @@ class LSLoTransformerDecoder(_RoutedStack, TransformerDecoderBase):
             alignment_heads,
             return_all_hiddens=return_all_hiddens,
         )
-        return x if features_only else self.output_layer(x), extra
+        if features_only:
+            return x, extra
+        logits = self.output_layer(x)
+        if incremental_state is not None and self.own_words is not None:
+            self._hide(logits, encoder_out)
+        return logits, extra
 
     def extract_features(
         self,

@@ -212,18 +212,20 @@ def test_an_unknown_language_is_trained_with_its_token(corpus, occitan, first, t
     checkpoint, files = folders[0] / "checkpoint_last.pt", tmp_path / "adapters"
     lslora("extract", checkpoint, "--langs", "oc", "--out", files)
     together = f"{first[1]},{files / 'oc.safetensors'}"
-    for pair in (("en", "oc"), ("en", "fr")):
+    for pair in ("en-oc", "oc-en", "en-fr"):
+        sources = [(checkpoint, ()), (corpus.base, ("--lora-adapters", together))]
+        if "oc" not in pair:  # other directions see nothing of the new token, to the last digit
+            sources.append((first[0], ()))
         texts = []
-        for path, more in ((checkpoint, ()), (corpus.base, ("--lora-adapters", together))):
-            args = [occitan, *generate_args(corpus, path, *pair, *more)[1:]]
+        for path, more in sources:
+            args = [occitan, *generate_args(corpus, path, *pair.split("-"), *more)[1:]]
             texts.append(hypotheses("fairseq-generate", *args))
-        assert texts[0] == texts[1]
-    _, line, _ = lslora("merge", checkpoint, "--pair", "en-oc", "--out", tmp_path / "en-oc.pt")
-    command, _, *words = shlex.split(line)
-    words += ["--cpu", "--gen-subset", "test", "--beam", "3", "--num-workers", "0"]
-    merged = hypotheses(command, occitan, *words, "--max-len-b", "30")
-    args = [occitan, *generate_args(corpus, checkpoint, "en", "oc")[1:]]
-    assert merged == hypotheses("fairseq-generate", *args)
+        assert all(text == texts[0] for text in texts)
+        _, line, _ = lslora("merge", checkpoint, "--pair", pair, "--out", tmp_path / f"{pair}.pt")
+        command, _, *words = shlex.split(line)
+        assert ("oc" in words[words.index("--langs") + 1].split(",")) == ("oc" in pair)
+        words += ["--cpu", "--gen-subset", "test", "--beam", "3", "--num-workers", "0"]
+        assert hypotheses(command, occitan, *words, "--max-len-b", "30") == texts[0]
 
 
 def hypotheses(command, *args):

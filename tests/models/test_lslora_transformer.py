@@ -219,6 +219,24 @@ def test_beam_search_of_mixed_directions_equals_each_alone(monkeypatch, sides, g
     assert len(lengths) > 1  # the test would be weak if all sentences ended together
 
 
+def test_a_word_of_one_language_is_there_for_its_sentences_alone():
+    """In search; a full pass has the distribution over all words."""
+    model = set_adapters(build(), scale=0.3, seed=4).eval()
+    owner, mixed = 3, batch(PAIRS)
+    whole, before = model(**mixed)[0], beam_search(model, without_targets(mixed))
+    foreign = [i for i, pair in enumerate(PAIRS) if owner not in pair]
+    words = [w for i in foreign for tokens, _ in before[i] for w in tokens if w != 2]
+    word = max(words, key=words.count)
+    model.decoder.set_own_words([(word, owner)])
+    assert torch.equal(whole, model(**mixed)[0])
+    found = beam_search(model, without_targets(mixed))
+    for i, (was, mine) in enumerate(zip(before, found)):
+        alone = beam_search(model, rows(without_targets(mixed), [i]))[0]
+        assert [tokens for tokens, _ in mine] == [tokens for tokens, _ in alone]
+        assert (mine == was) == (i not in foreign)
+        assert i not in foreign or not any(word in tokens for tokens, _ in mine)
+
+
 @pytest.mark.parametrize("sides", SIDES)
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_gradients_reach_the_adapters_of_the_batch_and_no_other(sides, checkpointed):
