@@ -25,6 +25,7 @@ PACKAGES=(
 FEW=(sc sca)     # LibreOffice Calc
 MORE=(evolution) # a mail client
 BASE_UPDATES=6000
+QUARTER=$((BASE_UPDATES / 4))
 
 download() {
     if [ -n "${DEBS:-}" ]; then
@@ -46,24 +47,8 @@ unpack() {
     done | tee "$WORK/programs/versions.txt"
 }
 
-# train_base STEP FOLDER UPDATES : stock fairseq's own transformer and task
-train_base() {
-    OMP_NUM_THREADS="$JOBS" step "$1" "$2" \
-        fairseq-train "$WORK/data/base" --cpu --user-dir "$ROOT/lslora_fairseq" \
-        --task translation_multi_simple_epoch --langs "$LANGS" --lang-pairs "$pairs" \
-        --encoder-langtok src --decoder-langtok --arch transformer --share-all-embeddings \
-        --encoder-layers 3 --encoder-embed-dim 192 --encoder-ffn-embed-dim 768 \
-        --encoder-attention-heads 4 --encoder-normalize-before \
-        --decoder-layers 3 --decoder-embed-dim 192 --decoder-ffn-embed-dim 768 \
-        --decoder-attention-heads 4 --decoder-normalize-before \
-        --optimizer adam --adam-betas '(0.9, 0.98)' --clip-norm 1.0 \
-        --lr-scheduler polynomial_decay --lr 0.002 --warmup-updates 400 \
-        --total-num-update "$3" --max-update "$3" \
-        --criterion label_smoothed_cross_entropy --label-smoothing 0.1 --dropout 0 \
-        --sampling-method temperature --sampling-temperature 1.5 \
-        --max-tokens 1500 --required-batch-size-multiple 1 --num-workers 0 --seed 1 \
-        --save-dir "$2" --no-epoch-checkpoints --save-interval-updates 500 \
-        --keep-interval-updates 1 --log-format simple --log-interval 50
+quarter() { # the base after a quarter of its updates
+    cp "$WORK/base/checkpoint_"*"_$QUARTER.pt" "$WORK/quarter/checkpoint_last.pt"
 }
 
 start evidence_work
@@ -79,8 +64,25 @@ follows "$(checksum "$ROOT/scripts/pieces.py")"
 step pieces "$WORK/pieces" \
     python "$ROOT/scripts/pieces.py" --corpus "$WORK/corpus" --out "$WORK/pieces" --vocab-size 6000
 step binarise "$WORK/data" binarise_all base few more
-train_base train_base "$WORK/base" "$BASE_UPDATES"
-train_base train_quarter "$WORK/quarter" "$((BASE_UPDATES / 4))"
+# stock fairseq's own transformer and task
+OMP_NUM_THREADS="$JOBS" step train_base "$WORK/base" \
+    fairseq-train "$WORK/data/base" --cpu --user-dir "$ROOT/lslora_fairseq" \
+    --task translation_multi_simple_epoch --langs "$LANGS" --lang-pairs "$pairs" \
+    --encoder-langtok src --decoder-langtok --arch transformer --share-all-embeddings \
+    --encoder-layers 3 --encoder-embed-dim 192 --encoder-ffn-embed-dim 768 \
+    --encoder-attention-heads 4 --encoder-normalize-before \
+    --decoder-layers 3 --decoder-embed-dim 192 --decoder-ffn-embed-dim 768 \
+    --decoder-attention-heads 4 --decoder-normalize-before \
+    --optimizer adam --adam-betas '(0.9, 0.98)' --clip-norm 1.0 \
+    --lr-scheduler polynomial_decay --lr 0.002 --warmup-updates 400 \
+    --total-num-update "$BASE_UPDATES" --max-update "$BASE_UPDATES" \
+    --criterion label_smoothed_cross_entropy --label-smoothing 0.1 --dropout 0 \
+    --sampling-method temperature --sampling-temperature 1.5 \
+    --max-tokens 1500 --required-batch-size-multiple 1 --num-workers 0 --seed 1 \
+    --save-dir "$WORK/base" --no-epoch-checkpoints --save-interval-updates 500 \
+    --keep-interval-updates 1 --keep-interval-updates-pattern "$QUARTER" \
+    --log-format simple --log-interval 50
+step quarter "$WORK/quarter" quarter
 
 binarise_news() {
     local LANGUAGES
@@ -103,7 +105,8 @@ fi
 results="$ROOT/examples/evidence/results"
 cd "$ROOT/scripts/evidence"
 python evidence.py --work "$WORK" --corpora "${corpora[@]}"
-python evidence.py --work "$WORK" --base quarter --corpora few --systems full ours --seeds 1
+python evidence.py --work "$WORK" --base quarter --rates-of base --corpora few \
+    --systems full ours --seeds 1
 python report.py --work "$WORK" --out "$results"
 python report.py --work "$WORK" --base quarter --out "$results"
 if [ -n "${CHOICES:-}" ]; then

@@ -2,10 +2,11 @@
 """Fine-tunes, decodes and scores the systems of examples/evidence.
 
 Systems run side by side, one on each core. Of each, the learning rate is chosen by the loss on the
-validation set of few after an epoch, then for each corpus its checkpoint by that loss and its
-length penalty by BLEU on the validation set, all with the first seed; then the test set is decoded
-once. What is done is not done again. WORK is the folder in which run.sh has prepared the corpora
-and the base.
+validation set of few after an epoch (or taken from what was chosen on another base), then for each
+corpus its checkpoint by that loss and its length penalty by BLEU on the validation set, all with
+the first seed; then the test set is decoded once. On the base whose rates are tried, directions
+that were never trained and a language that is added later are looked at, too. What is done is not
+done again. WORK is the folder in which run.sh has prepared the corpora and the base.
 """
 
 import argparse
@@ -50,10 +51,11 @@ class Evidence:
         work: the folder of everything
         base: folder of the base model in it
         seeds: numbers; with the first one everything is chosen
+        rates_of: another base, whose learning rates are taken
     """
 
-    def __init__(self, work, base, seeds):
-        self.work, self.base, self.seeds = Path(work), base, seeds
+    def __init__(self, work, base, seeds, rates_of=None):
+        self.work, self.base, self.seeds, self.rates_of = Path(work), base, seeds, rates_of
         self.jobs = Jobs(work, sorted(os.sched_getaffinity(0))[: cores()])
         self._own_text = threading.Lock()
 
@@ -72,6 +74,9 @@ class Evidence:
 
     def learning_rate(self, name, system):
         """The best learning rate, and the curve of each one that was tried."""
+        if self.rates_of:
+            chosen = self.work / "results" / self.rates_of / TRIED_ON / name / CHOICE
+            return json.loads(chosen.read_text())["rate"], {}
         place, first = f"{self.place(TRIED_ON, name)}/tried", self.seeds[0]
         tried = {
             rate: self.train(place, TRIED_ON, system, rate, first, TRIED_FOR)
@@ -81,7 +86,13 @@ class Evidence:
 
     def on_corpus(self, corpus, name, system, rate, known):
         place, first = self.place(corpus, name), self.seeds[0]
-        losses = {seed: self.train(place, corpus, system, rate, seed) for seed in self.seeds}
+        begun = {}  # an epoch of the best rate is done already
+        if corpus == TRIED_ON and known["tried"]:
+            begun[first] = self.run(f"{place}/tried", rate, first)
+        losses = {
+            seed: self.train(place, corpus, system, rate, seed, begun=begun.get(seed))
+            for seed in self.seeds
+        }
         runs = {seed: self.run(place, rate, seed) for seed in self.seeds}
         best = {seed: f"{run}/{finetune.BEST}" for seed, run in runs.items()}
         penalty, valid = self.length_penalty(place, corpus, best[first])
@@ -98,6 +109,8 @@ class Evidence:
             "valid_bleu": valid,
             "runs": facts,
         })  # fmt: skip
+        if self.rates_of:
+            return
         if corpus == across.CORPUS and name in ACROSS:
             self.across(place, best[first], penalty)
             self.trained_across(place, system, rate, penalty)
@@ -118,13 +131,16 @@ class Evidence:
     def run(self, place, rate, seed):
         return f"{place}/lr_{rate:g}.seed_{seed}"
 
-    def train(self, place, corpus, system, rate, seed, length=None, start=None, pairs=None):
+    def train(
+        self, place, corpus, system, rate, seed, length=None, start=None, pairs=None, begun=None
+    ):
         """Trains once.
 
         Args:
             length: options that say how long (default: as long as the corpus is trained on)
             start: a checkpoint within the work folder (default: the base)
             pairs: directions (default: all that the corpus has)
+            begun: folder of a shorter run of the same, which this one continues
 
         Returns:
             the losses on the validation set, as :func:`finetune.curve` has them
@@ -134,7 +150,8 @@ class Evidence:
         command = finetune.command(
             self.work, corpus, self.work / start, system, pairs, length, rate, seed
         )
-        self.jobs.run(folder, command, after=[f"data/{corpus}", str(Path(start).parent)])
+        after = [f"data/{corpus}", str(Path(start).parent)]
+        self.jobs.run(folder, command, after, begun)
         return finetune.curve(self.jobs.log(folder))
 
     def facts(self, run, system):
@@ -262,14 +279,17 @@ def main():
     add = parser.add_argument
     add("--work", type=Path, required=True, help="the folder that run.sh has prepared")
     add("--base", default="base", help="folder of the base model in it (default: base)")
+    add("--rates-of", metavar="BASE",
+        help="take the learning rates that were chosen on this base")  # fmt: skip
     add("--corpora", nargs="+", default=["few", "more"], choices=list(LENGTH), metavar="NAME",
         help=f"of {', '.join(LENGTH)} (default: few more)")  # fmt: skip
     add("--systems", nargs="+", default=list(SYSTEMS), choices=list(SYSTEMS), metavar="NAME",
         help=f"(default: {' '.join(SYSTEMS)})")  # fmt: skip
     add("--seeds", nargs="+", type=int, default=[1, 2, 3], metavar="N", help="(default: 1 2 3)")
     args = parser.parse_args()
-    evidence = Evidence(args.work, args.base, args.seeds)
-    with ThreadPoolExecutor(cores()) as pool:
+    evidence = Evidence(args.work, args.base, args.seeds, args.rates_of)
+    # all at once, each job waiting for a core: none is idle while another system is still at work
+    with ThreadPoolExecutor(len(args.systems) + 1) as pool:
         doing = [pool.submit(evidence.all_of, name, args.corpora) for name in args.systems]
         doing.append(pool.submit(evidence.base_alone, args.corpora))
         try:

@@ -31,15 +31,17 @@ class Jobs:
         for core in cores:
             self._cores.put(core)
 
-    def run(self, folder, command, after=()):
+    def run(self, folder, command, after=(), begun=None):
         """Runs a command unless it was done with the same words and the same things before it.
 
-        A run that was interrupted finds its folder as it left it; any other begins in an empty one.
+        A run that was interrupted finds its folder as it left it; any other begins in an empty one,
+        or where a job that has begun the same work left off.
 
         Args:
             folder: where its results go, within the work folder; ``{out}`` in the command
             command: list of words
             after: folders of the jobs whose results it reads
+            begun: the folder of a job that is done, whose results and log it starts with
 
         Returns:
             the folder
@@ -61,7 +63,11 @@ class Jobs:
         if not _holds(out / STARTED, made_by):
             shutil.rmtree(out, ignore_errors=True)
             log.unlink(missing_ok=True)
-            out.mkdir(parents=True)
+            if begun is None:
+                out.mkdir(parents=True)
+            else:
+                shutil.copytree(self.work / begun, out, ignore=shutil.ignore_patterns(DONE))
+                shutil.copy(self._log(begun), log)
             (out / STARTED).write_text(json.dumps(made_by))
         core = self._cores.get()
         try:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 LENGTH = {
     "few": ("--max-epoch", "3"),
     "more": (
-        *("--max-epoch", "1", "--validate-interval-updates", "150"),
-        *("--save-interval-updates", "150", "--keep-interval-updates", "1"),
+        *("--max-update", "400", "--validate-interval-updates", "100"),
+        *("--save-interval-updates", "100", "--keep-interval-updates", "1"),
     ),
     "news": ("--max-epoch", "6"),
 }
