@@ -429,9 +429,7 @@ class LSLoTransformerModel(TransformerModel):
         known = found.symbols([])
         if known is not None and self.identity.appended is not None:
             added = {*self.identity.appended}.difference(known)
-            self.identity.new = [
-                s for s in self.identity.appended if s in added or s in found.new
-            ]
+            self.identity.new = [s for s in self.identity.appended if s in added or s in found.new]
             self._give_own_words()
         self._write_record()
 

@@ -162,6 +162,8 @@ def training_pass(contender, batch, device):
 def decoding_step(contender, batch):
     """The :class:`Operations` of the decoder for the third token of every hypothesis of a beam."""
     model = contender.model.eval()
+    for layer in model.decoder.layers:
+        layer.need_attn = False  # as fairseq-generate has it
     net_input = dict(contender.net_input(batch))
     tokens = net_input.pop("prev_output_tokens")
     order = torch.arange(len(tokens), device=tokens.device).repeat_interleave(BEAM)
