@@ -210,7 +210,7 @@ def test_half_precision_and_operations(tmp_path, capsys):
     record = json.loads((tmp_path / "benchmark.json").read_text(encoding="utf-8"))
     assert record["setting"]["precision"] == "bf16"
     assert capsys.readouterr().out.count("bf16: fairseq's optimizers update the parameters") == 2
-    over, decoding, passes, waits = record["sections"]["operations"]["tables"]
+    over, decoding, passes, updates, waits = record["sections"]["operations"]["tables"]
     assert "per-language loop" not in passes["rows"]  # --loop-up-to
     counts = {label: cells[0]["median"] for label, cells in passes["rows"].items()}
     ratio = counts["lslora_fairseq"] / counts["frozen base"]
