@@ -204,8 +204,8 @@ def count(label, setting, languages):
 
 def operations(options):
     """Number of operations of a forward and backward pass, of an update, and of a decoding step,
-    against those of the frozen base, and how often the host waits for the device, in 12 + 12 layers; as on a GPU,
-    also on a CPU."""
+    against those of the frozen base, and how often the host waits for the device, in 12 + 12
+    layers; as on a GPU, also on a CPU."""
     labels, notes = measurable()
     setting = replace(SHAPE, device=options.setting.device, precision=options.setting.precision)
     raw = {}

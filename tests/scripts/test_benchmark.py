@@ -12,6 +12,7 @@ import torch
 from benchmark import (
     command,
     contenders,
+    inventory,
     lifecycle,
     loss,
     measuring,
@@ -294,6 +295,23 @@ def test_startup(monkeypatch, capfd):
     for seconds, _, peak, _ in table.rows.values():
         assert seconds.median > 0.5 and peak.median > 100
     assert table.rows["fairseq alone"][1].median == 1
+
+
+@pytest.mark.slow
+def test_inventory(monkeypatch):
+    """fairseq-train begins and goes through two epochs, updates left out."""
+
+    def once(name, runs, repetitions):
+        return {label: [run()] for label, run in runs.items()}
+
+    monkeypatch.setattr(inventory, "interleaved", once)
+    tables = inventory.inventory(
+        SimpleNamespace(repetitions=1, threads=1, setting=replace(TINY, words=300))
+    ).tables
+    assert len(tables) == 3
+    for table in tables:
+        assert list(table.rows) == ["fairseq alone", "lslora_fairseq"]
+        assert all(seconds.median > 0 for seconds, _ in table.rows.values())
 
 
 @pytest.mark.slow
