@@ -11,7 +11,7 @@ from lslora_fairseq.criterions.label_smoothed_cross_entropy import NAME as CRITE
 from lslora_fairseq.doctor import memory, model, unknown
 from lslora_fairseq.doctor.report import ERROR, OK, WARNING, Line
 from lslora_fairseq.errors import ConfigError, listed
-from lslora_fairseq.models.loading import SPECIALS, match_rows
+from lslora_fairseq.models.embedding_rows import SPECIALS, match_rows
 from lslora_fairseq.tasks.options import check_continued
 
 TIGHT = 0.8  # share of the free memory from which on an estimate is a warning: it is a rough one

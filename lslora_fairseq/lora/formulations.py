@@ -1,12 +1,10 @@
 """The products of a frozen linear and the adapters of a mixed batch, forward and backward.
 
-Three formulations of y = W x + b + (alpha_l / r_l) · B_l A_l x, l the language of the sentence:
+Two formulations of y = W x + b + (alpha_l / r_l) · B_l A_l x, l the language of the sentence:
 
 - blocks: neighbouring sentences share one product with the factors of their few languages side by
-  side, in which the columns of other languages are scaled by 0 (:class:`AdaptedLinears`);
-- gathered: each sentence has rows of its own, in one batched product (the same class, where a
-  block says so);
-- a step of decoding, in which nothing is kept for a backward pass (:func:`decoding_step`).
+  side, in which the columns of other languages are scaled by 0;
+- gathered: each sentence has rows of its own, in one batched product, where a block says so.
 
 What adapters add goes into the frozen product in place, and their gradients into one buffer.
 """
@@ -40,10 +38,7 @@ class AdaptedLinears(torch.autograd.Function):
         weights = tensors[len(sides) : len(sides) + len(modules)]
         biases = tensors[len(sides) + len(modules) :]
         outs = [_frozen_linear(x, weight, bias) for weight, bias in zip(weights, biases)]
-        kept = []  # of each block, A and A x
-        for stacked, blocks in sides:
-            adapted = {m: y for m, y in zip(modules, outs) if m is not None}
-            kept += _add_adapted(adapted, x if z is None else z, stacked, blocks)
+        kept = _add_sides(outs, x if z is None else z, sides, modules)
         ctx.save_for_backward(x, z, *weights, *kept)
         return tuple(outs)
 
@@ -66,6 +61,25 @@ class AdaptedLinears(torch.autograd.Function):
         return dx, dz, None, None, *handed, *[None] * (2 * len(weights))
 
 
+def adapted_linears(x, sides, modules, weights, biases):
+    """As :class:`AdaptedLinears`, where nothing is kept for a backward pass."""
+    outs = [F.linear(x, weight, bias) for weight, bias in zip(weights, biases)]
+    _add_sides(outs, x, sides, modules)
+    return outs
+
+
+def _add_sides(outs, z, sides, modules):
+    """Adds the adapters of all sides to the outputs of the linears, in place.
+
+    Returns:
+        what :func:`_add_adapted` does, of one side after the other
+    """
+    adapted, kept = {m: y for m, y in zip(modules, outs) if m is not None}, []
+    for stacked, blocks in sides:
+        kept += _add_adapted(adapted, z, stacked, blocks)
+    return kept
+
+
 def _add_adapted(ys, z, stacked, blocks):
     """Adds one side's adapters to the outputs of the linears, in place.
 
@@ -80,11 +94,9 @@ def _add_adapted(ys, z, stacked, blocks):
     z_parts = _sentences(z, factors[0][0], blocks)
     y_parts = [_sentences(y, B, blocks) for y, (_, B) in zip(ys.values(), factors)]
     kept = []
-    for number, block in enumerate(blocks):
-        As = [A[number] for A, _ in factors]
-        A = As[0] if len(As) == 1 else torch.cat(As, -2)
+    for number, (block, A) in enumerate(zip(blocks, stacked.side_by_side(tuple(ys), blocks))):
         h = _scaled(_times_transposed(z_parts[number], A), block)
-        for y, part, (_, B) in zip(y_parts, _parts(h, len(As)), factors):
+        for y, part, (_, B) in zip(y_parts, _parts(h, len(ys)), factors):
             _add_product(y[number], part, B[number])
         kept += A, h
     return kept
@@ -175,26 +187,3 @@ def _times_transposed(a, b):
 def _add_product(out, a, b, beta=1.0):
     """out = beta · out + a b, in place."""
     (out.baddbmm_ if b.dim() == 3 else out.addmm_)(a, b, beta=beta)
-
-
-def decoding_step(x, weight, bias, adapters):
-    """A linear in a step in which all sentences share one block: the general formula without what
-    a backward pass needs. Steps are short, and every operation counts.
-
-    Args:
-        x: (batch, time, in)
-        weight, bias: the frozen linear's
-        adapters: for each index side, A (columns, in) and B (columns, out) of the languages
-            present, and the block's scaling
-
-    Returns:
-        (batch, time, out)
-    """
-    y = F.linear(x, weight, bias)
-    flat_x, flat_y = x.flatten(0, 1), y.flatten(0, 1)
-    for A, B, scaling in adapters:
-        h = F.linear(flat_x[:, : A.size(1)], A)
-        if scaling is not None:
-            h.view(*x.shape[:2], -1).mul_(scaling)
-        flat_y[:, : B.size(1)].addmm_(h, B)
-    return y

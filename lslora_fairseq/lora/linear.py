@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lslora_fairseq.lora.formulations import AdaptedLinears, decoding_step
+from lslora_fairseq.lora.formulations import AdaptedLinears, adapted_linears
 from lslora_fairseq.lora.merge import delta_weight
 from lslora_fairseq.lora.plan import SHARED
 from lslora_fairseq.lora.routing import current_pass
@@ -116,8 +116,6 @@ def apply_linears(x, linears):
         stacked = _stacked(here, adapters, route, dtype or first.weight.dtype)
         sides.append((*stacked, route.blocks))
     x = x.contiguous()
-    if dtype is None and not torch.is_grad_enabled() and _is_short(sides, here):
-        return [_decoded(x, linear, sides) for linear in linears]
     z = F.dropout(x, first.dropout) if first.training and first.dropout else None
     tensors = [x, z, *(linear.weight for linear in linears), *(linear.bias for linear in linears)]
     if dtype is not None:
@@ -126,6 +124,8 @@ def apply_linears(x, linears):
     modules = tuple(lin.site.module if lin in adapted else None for lin in linears)
     stacks = [tensor for tensor, _, _ in sides]
     sides = [side[1:] for side in sides]
+    if z is None and not torch.is_grad_enabled():
+        return adapted_linears(x, sides, modules, tensors[: len(linears)], tensors[len(linears) :])
     return AdaptedLinears.apply(x, z, sides, modules, *stacks, *tensors)
 
 
@@ -162,28 +162,19 @@ def _route(here, site, side):
 
 
 def _stacked(here, adapters, route, dtype):
-    """Adapters of the languages present, stacked once per pass, or once per decoding."""
-    stacks, is_grad_enabled = route.present.stacks, torch.is_grad_enabled()
-    if stacks is None or is_grad_enabled:
-        stacks = here.stacks
-    gathers = route.gathers and is_grad_enabled
-    key = adapters, route.sentences if gathers else None
-    if key not in stacks:
-        stacks[key] = stack(adapters, route, dtype, gathers)
-    return stacks[key]
-
-
-def _is_short(sides, here):
-    """Whether this is a decoding step in which all sentences share one block."""
-    is_step = all(route.present.stacks is not None for route in here.routes.values())
-    return is_step and not any(blocks[0].gathers for _, _, blocks in sides)
-
-
-def _decoded(x, linear, sides):
-    if not isinstance(linear, LSLoLinear):
-        return linear(x)
-    adapters = []
-    for _, stacked, blocks in sides:
-        (A,), (B,) = stacked.factors(linear.site.module, blocks)
-        adapters.append((A, B, blocks[0].scaling))
-    return decoding_step(x, linear.weight, linear.bias, adapters)
+    """Adapters of the languages present: stacked once per pass, or once per decoding, whose steps
+    then only gather from them."""
+    kept = None if torch.is_grad_enabled() else route.present.stacks
+    if kept is not None:
+        if adapters not in kept:
+            kept[adapters] = stack(adapters, route, dtype)
+        if not route.gathers:
+            return kept[adapters]
+    key = adapters, route.sentences if route.gathers else None
+    if key not in here.stacks:
+        here.stacks[key] = (
+            stack(adapters, route, dtype, route.gathers)
+            if kept is None
+            else kept[adapters][1].gathered(route.blocks[0].rows)
+        )
+    return here.stacks[key]

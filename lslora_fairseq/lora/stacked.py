@@ -60,12 +60,30 @@ class StackedAdapters:
             module: name of the site's module
             blocks: those of the route
         """
-        if blocks[0].gathers and self.tensor.dim() == 2:
-            parts = (self.tensor[:, columns] for columns in self.columns[module])
-            return tuple((F.embedding(blocks[0].rows, part),) for part in parts)
         if module not in self._factors:
             self._factors[module] = self._views(self.tensor, module, blocks)
         return self._factors[module]
+
+    def side_by_side(self, modules, blocks):
+        """A of linears that read the same input, for each block: (linears · columns, features), or
+        (sentences, linears · columns, features)."""
+        if modules not in self._factors:
+            As = [self.factors(module, blocks)[0] for module in modules]
+            self._factors[modules] = As[0] if len(As) == 1 else [*map(_joined, zip(*As))]
+        return self._factors[modules]
+
+    def gathered(self, rows):
+        """The same adapters with each sentence's own rows, without a gradient.
+
+        Args:
+            rows: (sentences, columns) indices of the stack
+
+        Returns:
+            as :func:`stack`
+        """
+        found = StackedAdapters(self.adapters, self._languages)
+        found.tensor = F.embedding(rows, self.tensor)
+        return found.tensor, found
 
     def _views(self, tensor, module, blocks):
         parts = [tensor[..., columns] for columns in self.columns[module]]
@@ -121,6 +139,10 @@ class StackedAdapters:
             if adapters.is_pruned:
                 grad[start:stop].masked_fill_(adapters.pruned_rows(languages), 0)
             start = stop
+
+
+def _joined(parts):
+    return torch.cat(parts, -2)
 
 
 class _Stacked(torch.autograd.Function):

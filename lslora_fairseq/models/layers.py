@@ -18,6 +18,8 @@ from lslora_fairseq.keys import FUSED_COPIES
 from lslora_fairseq.lora.linear import apply_linears
 from lslora_fairseq.lora.routing import current_pass, routed
 
+MASK = "lslora_mask"  # of the padding among encoder states, beside what fairseq keeps of a step
+
 
 class BatchFirstLayerNorm(nn.LayerNorm):
     """A layer norm of (time, batch, channel) that leaves batch-first memory batch-first."""
@@ -30,8 +32,9 @@ class LSLoAttention(MultiheadAttention):
     """fairseq's attention, with its projections called as modules.
 
     Stock attention hands their weights to a function in training, past any adapter. Full
-    sequences go through ``scaled_dot_product_attention`` here; decoding step by step, and where
-    attention weights are wanted, through fairseq's own path.
+    sequences go through ``scaled_dot_product_attention`` here, and so do the steps of decoding but
+    the first one. The first, and where attention weights are wanted, goes through fairseq's own
+    path.
     """
 
     skip_embed_dim_check = True  # fairseq's own path then calls the projections
@@ -49,7 +52,12 @@ class LSLoAttention(MultiheadAttention):
         **kwargs,
     ):
         """As fairseq's: (time, batch, channel) -> (time, batch, channel), weights or None."""
-        if incremental_state is not None or need_weights or need_head_weights:
+        wants_weights = need_weights or need_head_weights
+        if incremental_state is not None and not wants_weights:
+            out = self._step(query, key_padding_mask, incremental_state)
+            if out is not None:
+                return out, None
+        if incremental_state is not None or wants_weights:
             return super().forward(
                 query,
                 key,
@@ -69,16 +77,55 @@ class LSLoAttention(MultiheadAttention):
             k, v = apply_linears(key.transpose(0, 1), (self.k_proj, self.v_proj))
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
         if key_padding_mask is not None:
-            padding = q.new_zeros(key_padding_mask.shape).masked_fill_(
-                key_padding_mask.bool(), float("-inf")
-            )
-            padding = padding[:, None, None]
+            padding = _additive(key_padding_mask, q)
             attn_mask = padding if attn_mask is None else padding + attn_mask
+        return self._attend(q, k, v, attn_mask), None
+
+    def _step(self, query, key_padding_mask, incremental_state):
+        """The next token of every hypothesis, whose earlier keys and values fairseq has kept.
+
+        Args:
+            query: (1, batch, channel)
+
+        Returns:
+            the same shape; None where nothing is kept, or there is padding among the tokens
+        """
+        state = self._get_input_buffer(incremental_state)
+        if "prev_key" not in state or not (self.self_attention or self.encoder_decoder_attention):
+            return None
+        k, v, padding = (state[f"prev_{name}"] for name in ("key", "value", "key_padding_mask"))
+        query, heads = query.transpose(0, 1), (self.num_heads, -1)
+        if self.self_attention:
+            if key_padding_mask is not None or padding is not None:
+                return None
+            new = apply_linears(query, (self.q_proj, self.k_proj, self.v_proj))
+            q, *new = (t.unflatten(-1, heads).transpose(1, 2) for t in new)
+            k, v = (torch.cat(pair, 2) for pair in zip((k, v), new))
+            state["prev_key"], state["prev_value"] = k, v
+            self._set_input_buffer(incremental_state, state)
+            return self._attend(q, k, v, None)
+        (q,) = apply_linears(query, (self.q_proj,))
+        # the hypotheses of a sentence look into it side by side
+        q = q.view(len(k), -1, *k.shape[1::2]).transpose(1, 2)
+        mask = state.get(MASK)
+        if mask is None and padding is not None:  # once: fairseq keeps and reorders it, too
+            mask = state[MASK] = _additive(padding, q)
+            self._set_input_buffer(incremental_state, state)
+        return self._attend(q, k, v, mask).transpose(0, 1).view(query.transpose(0, 1).shape)
+
+    def _attend(self, q, k, v, attn_mask):
+        """(batch, heads, time, channel / heads) each -> (time, batch, channel)."""
         dropout = self.dropout_module
         p = dropout.p if dropout.training or dropout.apply_during_inference else 0.0
         heads = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=p)
         (out,) = apply_linears(heads.transpose(1, 2).flatten(2), (self.out_proj,))
-        return out.transpose(0, 1), None
+        return out.transpose(0, 1)
+
+
+def _additive(padding, like):
+    """(batch, time), true where there is padding -> (batch, 1, 1, time), -inf there."""
+    mask = like.new_zeros(padding.shape).masked_fill_(padding.bool(), float("-inf"))
+    return mask[:, None, None]
 
 
 class ByteDropout(FairseqDropout):

@@ -1,4 +1,4 @@
-"""Fitting a checkpoint to the model: what may be missing, and matching embedding rows."""
+"""Fitting a checkpoint to the model: languages that it lacks, and what may be missing."""
 
 import torch
 
@@ -6,63 +6,6 @@ from lslora_fairseq.analysis.trained import by_adapters
 from lslora_fairseq.errors import ConfigError
 from lslora_fairseq.keys import is_adapter_key
 from lslora_fairseq.lora.adapters import PRUNED
-
-SPECIALS = 4  # fairseq's <s> <pad> </s> <unk> come before the lines of a dictionary
-
-
-def match_rows(rows, dictionary, base):
-    """Finds the row of every symbol in a base model's embeddings.
-
-    Args:
-        rows: number of rows in the base model
-        dictionary: this run's dictionary; its attribute ``rows_in_file`` tells how many symbols
-            came from the dictionary file (specials included), the rest are language tokens
-        base: the base model's :class:`~lslora_fairseq.identity.Identity`
-
-    Returns:
-        (len(dictionary),) row numbers, -1 for a symbol that the base does not have; None if
-        the rows can be taken as they are.
-
-    Raises:
-        ConfigError: with the rows expected and found, and the usual remedy.
-    """
-    ours = dictionary.symbols
-    lines = ours[: dictionary.rows_in_file]
-    told = theirs = base.symbols(lines)
-    if told is None or len(told) != rows:
-        # a base that tells another order may have as many rows as we do by chance
-        same = rows == len(ours) and (told is None or ours[: len(told)] == told)
-        theirs = lines if rows == len(lines) else ours if same else None
-    if theirs is None:
-        trained = f", trained with {len(base.langs)} languages," if base.langs else ""
-        expected = f"this run expects {len(ours):,}"
-        if rows == len(ours):
-            expected = "as many as this run but for other tokens"
-        raise ConfigError(
-            f"{base.path}{trained} has {rows:,} embedding rows, {expected}: "
-            f"{len(lines) - SPECIALS:,} dictionary lines + {SPECIALS} specials + "
-            f"{len(ours) - len(lines)} "
-            "language tokens that the dictionary lacks; use the dictionary of the base model and "
-            "its --langs in its order, or, for rows beyond the language tokens such as NLLB's "
-            "data-source tags, write every row in order into one file and pass it as "
-            "--fixed-dictionary"
-        )
-    if theirs == ours:
-        return None
-    row_of = {symbol: row for row, symbol in enumerate(theirs)}
-    return torch.tensor([row_of.get(symbol, -1) for symbol in ours])
-
-
-def take_rows(own, found, matched):
-    """Embedding rows for this run's dictionary; a symbol new to the base keeps its fresh row.
-
-    Args:
-        own: (rows, d) the model's freshly initialised embeddings
-        found: (base rows, d) the base model's
-        matched: result of :func:`match_rows`
-    """
-    known = (matched >= 0).unsqueeze(1)
-    return torch.where(known, found[matched.clamp(min=0)], own.to(found.dtype))
 
 
 def add_languages(own, found, source, plan, starts):

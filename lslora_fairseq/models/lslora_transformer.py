@@ -12,10 +12,10 @@ from torch import nn
 from lslora_fairseq.adapters import fingerprint
 from lslora_fairseq.checkpoints import being_loaded, read_args
 from lslora_fairseq.config import LORA_FIELDS, LSLoConfig, resolve
-from lslora_fairseq.errors import ConfigError, listed, one_line_errors
+from lslora_fairseq.errors import ConfigError, one_line_errors
 from lslora_fairseq.identity import Identity, describe
 from lslora_fairseq.keys import EMBEDDINGS, FUSED_COPIES, RECORD, is_adapter_key, rename_masks
-from lslora_fairseq.lora.adapters import PRUNED, Adapter, LayerAdapters, SideWeights
+from lslora_fairseq.lora.adapters import Adapter, LayerAdapters, SideWeights
 from lslora_fairseq.lora.embedding import AdaptedEmbedding, AdaptedProjection, merge_embeddings
 from lslora_fairseq.lora.linear import LSLoLinear
 from lslora_fairseq.lora.merge import merged
@@ -23,7 +23,8 @@ from lslora_fairseq.lora.plan import MODULES, SHARED, SIDES
 from lslora_fairseq.lora.routing import AdapterLayout
 from lslora_fairseq.lora.tokens import TokenRows
 from lslora_fairseq.models.base_dtype import Originals, cast_base, frozen_base, restore_base
-from lslora_fairseq.models.loading import add_languages, check_keys, match_rows, take_rows
+from lslora_fairseq.models.embedding_rows import match_embeddings
+from lslora_fairseq.models.loading import add_languages, check_keys
 from lslora_fairseq.models.stacks import LSLoTransformerDecoder, LSLoTransformerEncoder
 from lslora_fairseq.unsupported import refuse_unsupported
 
@@ -412,7 +413,7 @@ class LSLoTransformerModel(TransformerModel):
             if found.adapters is not None:
                 found.check_adapters(self.identity.adapters, self.added)
             if found.langs is not None or being_loaded.get() is not None:
-                self._match_embeddings(own, state_dict, found)
+                match_embeddings(self, own, state_dict, found)
             if not has_adapters:
                 state_dict.update({k: v for k, v in own.items() if is_adapter_key(k)})
             state_dict[RECORD] = own[RECORD] = getattr(self, RECORD)
@@ -429,9 +430,7 @@ class LSLoTransformerModel(TransformerModel):
         known = found.symbols([])
         if known is not None and self.identity.appended is not None:
             added = {*self.identity.appended}.difference(known)
-            self.identity.new = [
-                s for s in self.identity.appended if s in added or s in found.new
-            ]
+            self.identity.new = [s for s in self.identity.appended if s in added or s in found.new]
             self._give_own_words()
         self._write_record()
 
@@ -452,64 +451,3 @@ class LSLoTransformerModel(TransformerModel):
         if record is not None:
             return Identity.from_record(record, path or source)
         return Identity.from_options(path, read_args(path)) if path else Identity(source)
-
-    def _match_embeddings(self, own, state_dict, base):
-        for key in EMBEDDINGS:
-            stack = key.partition(".")[0]
-            dictionary = getattr(self, stack).dictionary
-            found = state_dict.get(key)
-            if found is None or key not in own or found.size(1) != own[key].size(1):
-                continue
-            matched = match_rows(found.size(0), dictionary, base)
-            if matched is not None:
-                state_dict[key] = take_rows(own[key], found, matched)
-                if stack == "encoder":
-                    self._warn_of_new_rows(matched)
-                    self._match_words(own, state_dict, matched)
-                self._start_rows(state_dict, key, matched)
-
-    def _start_rows(self, state_dict, key, matched):
-        """Rows of tokens that are new to the base start as those of others (``--lora-init-from``),
-        with what the embeddings' adapter adds to these."""
-        token = {
-            c: self.encoder.dictionary.index(self.identity.token(c)) for c in self.languages.codes
-        }
-        for code, source in self.init_from.items():
-            row, like = token[code], token[source]
-            if matched[row] >= 0:
-                continue
-            if matched[like] < 0:
-                raise ConfigError(
-                    f"--lora-init-from {code}={source}: the token of {source} is new to the base "
-                    "model, too: name a language that it knows"
-                )
-            state_dict[key][row] = state_dict[key][like]
-            adapter = state_dict.get(f"embedding_adapters.lora_{SHARED}")
-            if adapter is not None and self.plan.embedding_site:
-                d = self.plan.embedding_site.in_features
-                state_dict[key][row] += adapter[:, d + like].float() @ adapter[:, :d].float()
-
-    def _warn_of_new_rows(self, matched):
-        symbols = self.encoder.dictionary.symbols
-        new = [symbols[row] for row in (matched < 0).nonzero().flatten().tolist()]
-        trained = [self.identity.token(code) for code in self.plan.tokens]
-        kept = [symbol for symbol in new if symbol not in trained]
-        if kept:
-            logger.warning(
-                "%d embedding rows are new to the base model and stay untrained, since the base is "
-                "frozen: %s",
-                len(kept),
-                listed(kept, " "),
-            )
-        if len(kept) < len(new):
-            new = [symbol for symbol in new if symbol in trained]
-            logger.info("new to the base model, with a row that is trained: %s", listed(new, " "))
-
-    def _match_words(self, own, state_dict, matched):
-        """Brings the columns of the embeddings' adapter, which belong to words, into our order."""
-        for key in (f"embedding_adapters.{name}" for name in (f"lora_{SHARED}", PRUNED)):
-            if key in own and key in state_dict and len(own[key]) == len(state_dict[key]):
-                d = self.plan.embedding_site.in_features
-                ours, theirs = (w[key][:, d:].t() for w in (own, state_dict))
-                B = take_rows(ours, theirs, matched).t()
-                state_dict[key] = torch.cat([state_dict[key][:, :d], B], 1)

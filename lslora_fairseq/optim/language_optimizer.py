@@ -15,6 +15,7 @@ import torch
 
 from lslora_fairseq.errors import ConfigError
 from lslora_fairseq.lora.adapters import Adapter
+from lslora_fairseq.optim.few_calls import in_few_calls
 from lslora_fairseq.optim.masters import build_masters
 from lslora_fairseq.optim.pruner import Pruner
 
@@ -58,7 +59,9 @@ class LanguageOptimizer(torch.optim.Optimizer):
             )
         self.settings = dict(settings)
         self.masters = build_masters(params, self.adapters, elementwise)
-        self.inner = build_inner([{"params": [master.weight]} for master in self.masters])
+        self.inner = in_few_calls(
+            build_inner([{"params": [master.weight]} for master in self.masters])
+        )
         self._groups = list(self.inner.param_groups)
         super().__init__(params, _hyper(self._groups[0]))
         self._passed_on = self._hyper

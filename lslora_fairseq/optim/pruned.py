@@ -12,6 +12,7 @@ from fairseq.optim import (
 
 from lslora_fairseq.config import PruningConfig
 from lslora_fairseq.errors import listed, one_line_errors
+from lslora_fairseq.optim.few_calls import clip_gradient_norm
 from lslora_fairseq.optim.language_optimizer import LanguageOptimizer
 from lslora_fairseq.optim.reduction import only_present
 
@@ -85,6 +86,12 @@ class PrunedOptimizer(FairseqOptimizer):
                 self._share = share
                 self._log()
         return optimizer.pruner.sparsity
+
+    def clip_grad_norm(self, max_norm, aggregate_norm_fn=None):
+        gradients = [p.grad.detach() for p in self.params if p.grad is not None]
+        if not gradients or aggregate_norm_fn is not None:
+            return super().clip_grad_norm(max_norm, aggregate_norm_fn)
+        return clip_gradient_norm(gradients, max_norm)
 
     def all_reduce_grads(self, module):
         with only_present(module):

@@ -26,7 +26,7 @@ from lslora_fairseq.lora.plan import SIDES
 from lslora_fairseq.models.stacks import LANG_IDS, ignore_languages
 from lslora_fairseq.optim.pruned import PrunedOptimizer
 from lslora_fairseq.stopping import StopRequest
-from lslora_fairseq.tasks import options
+from lslora_fairseq.tasks import dictionaries, options
 from lslora_fairseq.tasks.lang_ids import (
     DirectionIds,
     LangtokIds,
@@ -37,6 +37,10 @@ from lslora_fairseq.tasks.lang_ids import (
 from lslora_fairseq.unsupported import refuse_processes
 
 logger = logging.getLogger(__name__)
+ONE_DICTIONARY = (
+    "the languages of a multilingual model share one dictionary; give fairseq-preprocess the same "
+    "--srcdict and --tgtdict for all"
+)
 
 
 @register_task("translation_multi_lslora")
@@ -68,9 +72,7 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
 
     @classmethod
     def load_dictionary(cls, filename):
-        dictionary = super().load_dictionary(filename)
-        dictionary.rows_in_file = len(dictionary)  # before language tokens are appended
-        return dictionary
+        return dictionaries.load(super().load_dictionary, filename)
 
     @classmethod
     def setup_task(cls, args, **kwargs):
@@ -91,13 +93,21 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
             options.restore_task_options(args, adapters)
             options.check_pairs(args)
             try:
-                task = super().setup_task(args, **kwargs)
+                with dictionaries.shared_dictionaries():
+                    task = super().setup_task(args, **kwargs)
                 task.places, task.adapters, task.base_dtype = places, adapters, base_dtype
                 return task
             except FileNotFoundError as error:
                 raise ConfigError(
                     f"{error.filename}: no such file: name the folder that fairseq-preprocess "
                     "wrote, or the dictionary with --fixed-dictionary"
+                ) from None
+            except AssertionError as error:  # fairseq's
+                if "dictionary" not in str(error):
+                    raise
+                raise ConfigError(
+                    f"the files dict.CODE.txt in {split_paths(args.data)[0]} differ from language "
+                    f"to language: {ONE_DICTIONARY}"
                 ) from None
 
     def build_model(self, args, from_checkpoint=False):
@@ -272,11 +282,11 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
         for model in models:
             if hasattr(model, "plan"):
                 self._check_pairs([f"{source}-{target}"], model)
-        dictionaries = dict(self.dicts)
+        dicts = dict(self.dicts)
         for lang in {source, target} - self.dicts.keys():
             self._check_dictionary(lang)
-            dictionaries[lang] = self.source_dictionary
-        other = type(self)(args, self.langs, dictionaries, training=False)
+            dicts[lang] = self.source_dictionary
+        other = type(self)(args, self.langs, dicts, training=False)
         if self.languages is not None:
             other.languages = self.languages
             other._read_ids = other._direction()
@@ -291,10 +301,7 @@ class TranslationMultiLSLoTask(TranslationMultiSimpleEpochTask):
         if not os.path.isfile(its):
             raise ConfigError(f"{its}: no such file: name the folder that fairseq-preprocess wrote")
         if not filecmp.cmp(ours, its, shallow=False):
-            raise ConfigError(
-                f"{its} differs from {ours}: the languages of a multilingual model share one "
-                "dictionary; give fairseq-preprocess the same --srcdict and --tgtdict for all"
-            )
+            raise ConfigError(f"{its} differs from {ours}: {ONE_DICTIONARY}")
 
     def load_dataset(self, split, *args, **kwargs):
         with one_line_errors():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmark import decoding, lifecycle, loss, memory, operations, steps
+from benchmark import decoding, inventory, lifecycle, loss, memory, operations, steps
 from benchmark.contenders import FROZEN
 from benchmark.measuring import progress
 from benchmark.report import can_draw, draw
@@ -55,6 +55,7 @@ SECTIONS = {
     "pruning": lifecycle.pruning,
     "startup": lifecycle.startup,
     "lifecycle": lifecycle.lifecycle,
+    "inventory": inventory.inventory,
 }
 DEFAULT_SECTIONS = ",".join(OF_THE_PRESET)
 PACKAGES = (

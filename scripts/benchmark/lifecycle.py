@@ -73,10 +73,11 @@ def base_model(name, copies):
         yield Path(folder)
 
 
-def our_options():
+def our_options(languages=LANGUAGES):
+    """The options of this package."""
     return [
         "--user-dir", USER_DIR, "--arch", "lslora_transformer", "--optimizer", "pruned_adam",
-        "--task", "translation_multi_lslora", *as_arguments(shapes.adapter_options(LANGUAGES)),
+        "--task", "translation_multi_lslora", *as_arguments(shapes.adapter_options(languages)),
     ]  # fmt: skip
 
 

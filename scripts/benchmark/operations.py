@@ -137,12 +137,14 @@ class Counts:
         operations: of the forward and backward pass of a loss
         waits: of the host, in the same
         warnings: of CUDA about them; None on a CPU
+        update: operations of clipping and optimizer; None where nothing is trained
         decoding: operations of a step of the decoder; None where it is another decoder
     """
 
     operations: int
     waits: int
     warnings: int | None
+    update: int | None
     decoding: int | None
 
 
@@ -158,10 +160,22 @@ def training_pass(contender, batch, device):
     return found, warned
 
 
+def update(contender, batch):
+    """Operations of clipping and optimizer, whose state was made before; None without one."""
+    contender.start_optimizer()
+    for _ in range(2):
+        contender.forward_backward(batch)
+        with Operations() as found:
+            contender.update()
+    return found.count if contender.optimizer else None
+
+
 @torch.no_grad()
 def decoding_step(contender, batch):
     """The :class:`Operations` of the decoder for the third token of every hypothesis of a beam."""
     model = contender.model.eval()
+    for layer in model.decoder.layers:
+        layer.need_attn = False  # as fairseq-generate has it
     net_input = dict(contender.net_input(batch))
     tokens = net_input.pop("prev_output_tokens")
     order = torch.arange(len(tokens), device=tokens.device).repeat_interleave(BEAM)
@@ -180,16 +194,18 @@ def count(label, setting, languages):
     batch.target_tokens  # noqa: B018 - fairseq counts them where it collates, on the host
     with as_on_cuda():
         found, warned = training_pass(contender, batch, setting.device)
+        moved = update(contender, batch)
         decoding = None
         if label not in (HF_FROZEN, HF_PEFT):
             decoding = decoding_step(contender, batch).count
-    return Counts(found.count, found.waits, None if warned is None else len(warned), decoding)
+    warnings = None if warned is None else len(warned)
+    return Counts(found.count, found.waits, warnings, moved, decoding)
 
 
 def operations(options):
-    """Number of operations of a forward and backward pass and of a decoding step against those of
-    the frozen base, and how often the host waits for the device, in 12 + 12 layers; as on a GPU,
-    also on a CPU."""
+    """Number of operations of a forward and backward pass, of an update, and of a decoding step,
+    against those of the frozen base, and how often the host waits for the device, in 12 + 12
+    layers; as on a GPU, also on a CPU."""
     labels, notes = measurable()
     setting = replace(SHAPE, device=options.setting.device, precision=options.setting.precision)
     raw = {}
@@ -222,6 +238,7 @@ def operation_tables(labels, raw):
         table(f"Operations of a {passes} ÷ {FROZEN}", "operations", over_base=True),
         table(f"Operations of a decoding step ÷ {FROZEN}", "decoding", over_base=True),
         table(f"Operations of a {passes}", "operations"),
+        table("Operations of an update (clipping, optimizer)", "update"),
         table(f"How often the host waits in a {passes}", "waits"),
     ]
     warned = table(f"How often CUDA warns that the host waits in a {passes}", "warnings")

@@ -2,7 +2,8 @@
 
 One command for each kind of mistake, since each takes seconds to start. The checks behind them are
 tested case by case where they are made: test_config.py, test_languages.py, test_checkpoints.py,
-lora/test_plan.py, models/test_loading.py, tasks/test_translation_multi_lslora.py.
+lora/test_plan.py, models/test_embedding_rows.py, models/test_loading.py,
+tasks/test_translation_multi_lslora.py.
 """
 
 import re

@@ -17,15 +17,11 @@ def base():
     return count(FROZEN, SHAPE, 1)
 
 
-@pytest.mark.parametrize(
-    "languages, limit, decoding",
-    # in decoding more languages than one block has columns for gather their rows
-    [(12, 1.5, 1.65), (30, 1.6, 1.65), (100, 1.7, 2.05), (200, 1.8, 2.05)],
-)
-def test_operations_do_not_grow_with_the_languages(languages, limit, decoding):
+@pytest.mark.parametrize("languages, limit", [(12, 1.5), (30, 1.6), (100, 1.7), (200, 1.8)])
+def test_operations_do_not_grow_with_the_languages(languages, limit):
     ours = count(OURS, SHAPE, languages)
     assert base().operations < ours.operations <= limit * base().operations
-    assert base().decoding < ours.decoding <= decoding * base().decoding
+    assert base().decoding < ours.decoding <= 1.25 * base().decoding
 
 
 def test_the_host_waits_once_beside_the_decoder_of_fairseq():

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from benchmark.operations import Operations
 from fairseq.optim import OPTIMIZER_REGISTRY
-from toy import adapters, build, set_adapters
+from fairseq.optim.adam import Adam
+from toy import adapters, batch, build, set_adapters
 from updates import ALL, optimizer_for, options, update
 
 from lslora_fairseq.errors import UserError
@@ -156,3 +158,34 @@ def test_flat_gradients_are_refused_with_the_option():
     flat = torch.nn.Parameter(torch.cat([p.flatten() for p in adapters(model)]).float())
     with pytest.raises(UserError, match="--fp16-no-flatten-grads on"):
         OPTIMIZER_REGISTRY["pruned_adam"](options(), [flat])
+
+
+def test_an_update_does_few_operations_for_a_language():
+    """Its gradient is gathered into one; all else is done for all languages at once."""
+    counts, model = {}, set_adapters(build())
+    made = optimizer_for(model)
+    for _ in range(2):  # state is made the first time
+        for pairs in (ALL[:1], ALL):
+            made.zero_grad()
+            made.backward(model(**batch(pairs))[0].square().mean())
+            with Operations() as found:
+                made.clip_grad_norm(1.0)
+                made.step()
+            counts[len(pairs)] = found.count
+    assert counts[4] - counts[1] <= 6  # more languages and sides
+    assert counts[1] < 40
+
+
+def test_other_settings_for_some_languages_are_left_to_fairseq():
+    """As a checkpoint might have them."""
+    model, other = (set_adapters(build()) for _ in range(2))
+    steps = []
+    for made in (model, other):
+        optimizer = optimizer_for(made)
+        optimizer.optimizer._groups[0]["betas"] = (0.5, 0.9)
+        if made is other:
+            optimizer.optimizer.inner.__class__ = Adam
+        for seed in range(3):
+            update(made, optimizer, ALL, seed)
+        steps.append([p.detach().clone() for p in adapters(made)])
+    assert all(map(torch.equal, *steps))

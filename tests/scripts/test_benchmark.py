@@ -12,6 +12,7 @@ import torch
 from benchmark import (
     command,
     contenders,
+    inventory,
     lifecycle,
     loss,
     measuring,
@@ -210,7 +211,7 @@ def test_half_precision_and_operations(tmp_path, capsys):
     record = json.loads((tmp_path / "benchmark.json").read_text(encoding="utf-8"))
     assert record["setting"]["precision"] == "bf16"
     assert capsys.readouterr().out.count("bf16: fairseq's optimizers update the parameters") == 2
-    over, decoding, passes, waits = record["sections"]["operations"]["tables"]
+    over, decoding, passes, updates, waits = record["sections"]["operations"]["tables"]
     assert "per-language loop" not in passes["rows"]  # --loop-up-to
     counts = {label: cells[0]["median"] for label, cells in passes["rows"].items()}
     ratio = counts["lslora_fairseq"] / counts["frozen base"]
@@ -294,6 +295,23 @@ def test_startup(monkeypatch, capfd):
     for seconds, _, peak, _ in table.rows.values():
         assert seconds.median > 0.5 and peak.median > 100
     assert table.rows["fairseq alone"][1].median == 1
+
+
+@pytest.mark.slow
+def test_inventory(monkeypatch):
+    """fairseq-train begins and goes through two epochs, updates left out."""
+
+    def once(name, runs, repetitions):
+        return {label: [run()] for label, run in runs.items()}
+
+    monkeypatch.setattr(inventory, "interleaved", once)
+    tables = inventory.inventory(
+        SimpleNamespace(repetitions=1, threads=1, setting=replace(TINY, words=300))
+    ).tables
+    assert len(tables) == 3
+    for table in tables:
+        assert list(table.rows) == ["fairseq alone", "lslora_fairseq"]
+        assert all(seconds.median > 0 for seconds, _ in table.rows.values())
 
 
 @pytest.mark.slow
