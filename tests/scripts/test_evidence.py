@@ -106,3 +106,14 @@ def test_a_job_that_failed_is_told_and_goes_on_where_it_stopped(tmp_path):
     jobs.run("made", command)
     assert (tmp_path / "made" / "count").read_text() == "x\nx\n"
     assert jobs.log("made").count("\nout of luck\n") == 2
+
+
+def test_a_job_goes_on_where_another_one_left_off(tmp_path):
+    jobs = Jobs(tmp_path, [0])
+    jobs.run("short", ["sh", "-c", "echo a >>{out}/steps; echo told a"])
+    for _ in range(2):
+        jobs.run("long", ["sh", "-c", "echo b >>{out}/steps; echo told b"], (), "short")
+    assert (tmp_path / "long" / "steps").read_text() == "a\nb\n"
+    assert (tmp_path / "short" / "steps").read_text() == "a\n"
+    told = [line for line in jobs.log("long").splitlines() if line.startswith("told")]
+    assert told == ["told a", "told b"]

@@ -56,10 +56,12 @@ class Jobs:
     """Jobs that were done before: each training's losses follow from its learning rate."""
 
     def __init__(self):
-        self.commands = {}
+        self.commands, self.begun = {}, {}
 
-    def run(self, folder, command, after=()):
+    def run(self, folder, command, after=(), begun=None):
         self.commands[folder] = [*map(str, command)]
+        if begun:
+            self.begun[folder] = begun
 
     def log(self, folder):
         words = self.commands[folder]
@@ -79,6 +81,40 @@ def test_the_learning_rate_is_that_of_the_lowest_loss_after_one_epoch(work):
         assert words[words.index("--seed") + 1] == "7"
         assert words[words.index("--lang-pairs") + 1] == "en-de,de-en,en-wo,wo-en"
         assert words[words.index("--finetune-from-model") + 1].endswith("base/checkpoint_last.pt")
+
+
+def trained(study, corpora=("few",)):
+    """The trainings of ours, whose checkpoints are not looked at."""
+    study.jobs = Jobs()
+    study.decode = lambda *args, **kwargs: 20.0
+    study.facts = lambda run, system: {}
+    for extra in ("across", "trained_across", "isolation"):
+        setattr(study, extra, lambda *args, extra=extra: study.jobs.commands.setdefault(extra, []))
+    for corpus in corpora:
+        (study.work / study.place(corpus, "ours")).mkdir(parents=True)
+        (study.work / "data" / corpus).mkdir(exist_ok=True)
+    study.all_of("ours", corpora)
+    return study.jobs
+
+
+def test_the_run_of_the_best_rate_goes_on_from_its_try(work):
+    """That of the first seed, on the corpus of the tries."""
+    jobs = trained(evidence.Evidence(work, "base", [7, 8]), ("few", "more"))
+    place = "results/base/few/ours"
+    assert jobs.begun == {f"{place}/lr_0.002.seed_7": f"{place}/tried/lr_0.002.seed_7"}
+    words, tried = jobs.commands[f"{place}/lr_0.002.seed_7"], [*jobs.begun.values()][0]
+    differ = [(a, b) for a, b in zip(words, jobs.commands[tried]) if a != b]
+    assert differ == [("3", "1")]  # epochs, and nothing else
+    assert {"across", "trained_across", "isolation"} < {*jobs.commands}
+
+
+def test_another_base_takes_the_rates_and_is_asked_for_nothing_else(work):
+    place = work / "results" / "base" / "few" / "ours"
+    place.mkdir(parents=True)
+    (place / evidence.CHOICE).write_text('{"rate": 0.03}')
+    jobs = trained(evidence.Evidence(work, "quarter", [7], rates_of="base"))
+    assert [*jobs.commands] == ["results/quarter/few/ours/lr_0.03.seed_7"]
+    assert not jobs.begun
 
 
 def test_the_length_penalty_is_that_of_the_highest_score_on_the_validation_set(work):
