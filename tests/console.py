@@ -167,3 +167,12 @@ def without(args, option, values=1):
     """A copy of *args* without one option and its values."""
     place = args.index(option)
     return args[:place] + args[place + 1 + values :]
+
+
+def assert_alike(ours, theirs):
+    """Lines of hypotheses that fairseq prints: the same texts, with scores that are the same but
+    for rounding."""
+    ours, theirs = ([line.split("\t") for line in lines] for lines in (ours, theirs))
+    assert [(i, text) for i, _, text in ours] == [(i, text) for i, _, text in theirs]
+    for (_, mine, _), (_, other, _) in zip(ours, theirs):
+        assert abs(float(mine) - float(other)) < 1e-5

@@ -7,6 +7,7 @@ import torch
 from console import (
     USER_DIR,
     adapters_in,
+    assert_alike,
     finetune_args,
     generate_args,
     lslora,
@@ -173,7 +174,7 @@ def test_a_language_that_is_new_to_the_base(corpus, tmp_path):
     lslora("extract", trained, "--out", folder)
     whole = hypotheses(*generate_args(corpus, trained, "en", "de"))
     more = ("--lora-adapters", folder)
-    assert hypotheses(*generate_args(corpus, corpus.base, "en", "de", *more)) == whole
+    assert_alike(hypotheses(*generate_args(corpus, corpus.base, "en", "de", *more)), whole)
     lslora("assemble", "--base", corpus.base, "--adapters", folder, "--out", tmp_path / "x.pt")
     rows = torch.load(tmp_path / "x.pt")["model"]["encoder.embed_tokens.weight"]
     own = model_of(tmp_path / "run")["encoder.embed_tokens.weight"]
