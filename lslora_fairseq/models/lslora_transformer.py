@@ -436,7 +436,9 @@ class LSLoTransformerModel(TransformerModel):
 
     def _give_own_words(self):
         """Lets the decoder know which words belong to one language each: tokens that are new to
-        the base model."""
+        the base model. An adaptive softmax has no logit of a word to hide."""
+        if self.decoder.adaptive_softmax is not None:
+            return
         index, new = self.encoder.dictionary.index, self.identity.new
         self.decoder.set_own_words([
             (index(token), language)
