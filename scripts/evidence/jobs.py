@@ -66,7 +66,7 @@ class Jobs:
             if begun is None:
                 out.mkdir(parents=True)
             else:
-                shutil.copytree(self.work / begun, out, ignore=shutil.ignore_patterns(DONE))
+                shutil.copytree(self.work / begun, out)
                 shutil.copy(self._log(begun), log)
             (out / STARTED).write_text(json.dumps(made_by))
         core = self._cores.get()

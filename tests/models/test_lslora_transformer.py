@@ -219,6 +219,22 @@ def test_beam_search_of_mixed_directions_equals_each_alone(monkeypatch, sides, g
     assert len(lengths) > 1  # the test would be weak if all sentences ended together
 
 
+@pytest.mark.parametrize("together", [False, True])
+def test_steps_of_attention_are_those_of_fairseq(together):
+    """fairseq takes its own path where it is asked for weights. Sources are padded, and the beams
+    of one may look into it together."""
+    model, found, beam = set_adapters(build(), scale=0.3, seed=4).eval(), [], 3
+    for layer in model.decoder.layers if together else ():
+        layer.encoder_attn.set_beam_size(beam)
+    for wants_weights in (True, False):
+        for layer in model.decoder.layers:
+            layer.need_attn = wants_weights
+        found.append(beam_search(model, without_targets(batch(PAIRS)), beam))
+    for mine, other in zip(*found):
+        assert [tokens for tokens, _ in mine] == [tokens for tokens, _ in other]
+        assert [s for _, s in mine] == pytest.approx([s for _, s in other], abs=1e-5)
+
+
 def test_a_word_of_one_language_is_there_for_its_sentences_alone():
     """In search; a full pass has the distribution over all words."""
     model = set_adapters(build(), scale=0.3, seed=4).eval()
