@@ -90,7 +90,7 @@ def _link(data, langs, source, target):
 
 
 def command(setting, folder, pairs, *more):
-    """fairseq-train for three short epochs."""
+    """fairseq-train for two short epochs."""
     return [
         "fairseq-train", Path(folder) / "data", *more, "--cpu",
         "--langs", ",".join(codes(MANY_LANGUAGES)), "--lang-pairs", ",".join(pairs),

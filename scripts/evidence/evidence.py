@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Fine-tunes, decodes and scores the systems of examples/evidence.
 
-Systems run side by side, one on each core. Of each, the learning rate is chosen by the loss on the
-validation set of few after an epoch (or taken from what was chosen on another base), then for each
-corpus its checkpoint by that loss and its length penalty by BLEU on the validation set, all with
-the first seed; then the test set is decoded once. On the base whose rates are tried, directions
-that were never trained and a language that is added later are looked at, too. What is done is not
-done again. WORK is the folder in which run.sh has prepared the corpora and the base.
+All systems take part at once, a training or decoding on each core. Of each, the learning rate is
+chosen by the loss on the validation set of few after an epoch (or taken from what was chosen on
+another base), then for each corpus its checkpoint by that loss and its length penalty by BLEU on
+the validation set, all with the first seed; then the test set is decoded once. On the base whose
+rates are tried, directions that were never trained and a language that is added later are looked
+at, too. What is done is not done again. WORK is the folder in which run.sh has prepared the corpora
+and the base.
 """
 
 import argparse
