@@ -31,9 +31,17 @@ def is_adapter_key(key):
     return key == RECORD or parts in ADAPTERS
 
 
-def rename_masks(state_dict):
-    """Brings masks as they were saved before they could be averaged, ``mask`` (True = keep), to
-    today's form, in place."""
+def tidy(state_dict):
+    """Brings a state dict to today's form, in place.
+
+    Masks were saved before they could be averaged as ``mask`` (True = keep). fairseq 0.12.2 saves
+    what nothing here reads: ``FUSED_COPIES``, which go, and a number that it never set, which
+    becomes zero, as in our models.
+    """
+    for key in [key for key in state_dict if key.rpartition(".")[2] in FUSED_COPIES]:
+        del state_dict[key]
+    for key in [key for key in state_dict if key.endswith("._float_tensor")]:
+        state_dict[key] = torch.zeros_like(state_dict[key])
     for key in [key for key in state_dict if is_adapter_key(key) and key.endswith(".mask")]:
         mask = state_dict.pop(key)
         state_dict[key.removesuffix("mask") + PRUNED] = mask.logical_not().to(torch.uint8)

@@ -15,7 +15,7 @@ from lslora_fairseq.analysis.trained import by_adapters, owners, shared_sites, s
 from lslora_fairseq.config import LSLoConfig, resolve
 from lslora_fairseq.errors import ConfigError, listed
 from lslora_fairseq.identity import Identity, describe
-from lslora_fairseq.keys import EMBEDDINGS, RECORD
+from lslora_fairseq.keys import EMBEDDINGS, RECORD, tidy
 from lslora_fairseq.lora.adapters import PRUNED
 from lslora_fairseq.lora.plan import adapter_columns
 
@@ -132,6 +132,7 @@ class Assembly:
         Raises:
             ConfigError: it is another base, or the adapters do not fit it.
         """
+        tidy(state)
         lines, path = self.adapters.first.lines, self.base.path
         found = fingerprint.of_base(state, lines)
         if found != self.adapters.first.base:

@@ -8,7 +8,7 @@ from lslora_fairseq.adapters import stock
 from lslora_fairseq.analysis.trained import by_adapters, shared_sites
 from lslora_fairseq.errors import ConfigError
 from lslora_fairseq.identity import Identity
-from lslora_fairseq.keys import EMBEDDINGS, FUSED_COPIES, RECORD, is_adapter_key
+from lslora_fairseq.keys import EMBEDDINGS, RECORD, is_adapter_key
 from lslora_fairseq.lora.adapters import share_of
 from lslora_fairseq.lora.merge import delta_weight, folded, folded_embeddings
 from lslora_fairseq.lora.plan import SHARED, SIDES, adapter_columns
@@ -122,9 +122,7 @@ class Merging:
     def base_weights(self):
         """The state dict of the model without its adapters."""
         return {
-            key: weight
-            for key, weight in self.trained.weights.items()
-            if not is_adapter_key(key) and key.rpartition(".")[2] not in FUSED_COPIES
+            key: weight for key, weight in self.trained.weights.items() if not is_adapter_key(key)
         }
 
     def factors(self, owners):

@@ -10,7 +10,7 @@ import torch
 from lslora_fairseq.checkpoints import allow_fairseq_checkpoints, read_checkpoint
 from lslora_fairseq.config import AdapterPlan, LSLoConfig, resolve
 from lslora_fairseq.errors import ConfigError, listed
-from lslora_fairseq.keys import EMBEDDINGS, RECORD, is_adapter_key, rename_masks
+from lslora_fairseq.keys import EMBEDDINGS, RECORD, is_adapter_key, tidy
 from lslora_fairseq.lora.adapters import PRUNED
 from lslora_fairseq.lora.plan import MODULES, SHARED
 
@@ -96,7 +96,7 @@ def of(path, options, weights):
         raise ConfigError(
             f"{path} has no adapters: name a checkpoint that was trained with --arch lslora_…"
         )
-    rename_masks(weights)
+    tidy(weights)
     layers, dims = sizes(path, weights)
     config = LSLoConfig.from_namespace(Namespace(**options))
     try:

@@ -14,7 +14,7 @@ from lslora_fairseq.checkpoints import being_loaded, read_args
 from lslora_fairseq.config import LORA_FIELDS, LSLoConfig, resolve
 from lslora_fairseq.errors import ConfigError, one_line_errors
 from lslora_fairseq.identity import Identity, describe
-from lslora_fairseq.keys import EMBEDDINGS, FUSED_COPIES, RECORD, is_adapter_key, rename_masks
+from lslora_fairseq.keys import EMBEDDINGS, RECORD, is_adapter_key, tidy
 from lslora_fairseq.lora.adapters import Adapter, LayerAdapters, SideWeights
 from lslora_fairseq.lora.embedding import AdaptedEmbedding, AdaptedProjection, merge_embeddings
 from lslora_fairseq.lora.linear import LSLoLinear
@@ -397,10 +397,7 @@ class LSLoTransformerModel(TransformerModel):
         """
         super().upgrade_state_dict_named(state_dict, name)
         own = self.state_dict()
-        for key in [k for k in state_dict if k.rpartition(".")[2] in FUSED_COPIES]:
-            del state_dict[key]
-        state_dict.update({k: v for k, v in own.items() if k.endswith("._float_tensor")})
-        rename_masks(state_dict)
+        tidy(state_dict)
         with one_line_errors():
             if self.begun_with is not None and not any(map(is_adapter_key, state_dict)):
                 self.begun_with.assemble(state_dict)
