@@ -16,7 +16,17 @@ from fairseq.modules import MultiheadAttention
 from fairseq.optim import OPTIMIZER_REGISTRY
 from torch import nn
 
-from benchmark.shapes import LOW_RANK, PAD, SIDES, SITES, adapter_options, per_stack, ranks
+from benchmark.shapes import (
+    LOW_RANK,
+    PAD,
+    SIDES,
+    SITES,
+    adapter_options,
+    code,
+    codes,
+    per_stack,
+    ranks,
+)
 from lslora_fairseq.criterions.frozen_projection import frozen_projection_loss
 from lslora_fairseq.models.lslora_transformer import LSLoTransformerModel
 
@@ -264,14 +274,45 @@ class PEFT(Contender):
     def build(self, setting, languages):
         import peft
 
-        sites = {site.rpartition(".")[2] for sites in SITES.values() for site in sites}
-        config = peft.LoraConfig(
-            r=LOW_RANK, lora_alpha=LOW_RANK, lora_dropout=0.0, target_modules=sorted(sites)
-        )
-        return peft.get_peft_model(hugging_face_twin(setting), config)
+        return peft.get_peft_model(hugging_face_twin(setting), peft_config(LOW_RANK))
 
     def logits(self, batch):
         return hugging_face_logits(self.model, batch)
+
+
+class MixedPEFT(Contender):
+    """PEFT with an adapter for each language and its mixed batches, on the Hugging Face twin.
+
+    A sentence has one adapter in both stacks, that of its target language. PEFT refuses mixed
+    batches in training mode: this one is in evaluation mode, without dropout.
+    """
+
+    def __init__(self, setting, languages):
+        super().__init__(setting, languages)
+        self.model.eval()
+
+    def build(self, setting, languages):
+        import peft
+
+        (name, config), *others = zip(codes(languages), map(peft_config, ranks(languages)))
+        model = peft.get_peft_model(hugging_face_twin(setting), config, adapter_name=name)
+        for name, config in others:
+            model.add_adapter(name, config)
+        for name, param in model.named_parameters():
+            param.requires_grad_("lora_" in name)  # peft trains one adapter at a time
+        return setting.place(model)
+
+    def logits(self, batch):
+        names = [code(language) for language in batch.lang_ids["target_lang_ids"].tolist()]
+        return hugging_face_logits(self.model, batch, adapter_names=names)
+
+
+def peft_config(rank):
+    """LoRA of a rank at the sites that this package adapts."""
+    import peft
+
+    sites = {site.rpartition(".")[2] for sites in SITES.values() for site in sites}
+    return peft.LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=sorted(sites))
 
 
 def hugging_face_twin(setting):
@@ -295,12 +336,13 @@ def hugging_face_twin(setting):
     return setting.place(made)
 
 
-def hugging_face_logits(model, batch):
+def hugging_face_logits(model, batch, **options):
     src = batch.tokens["src_tokens"]
     return model(
         input_ids=src,
         attention_mask=src.ne(PAD).long(),
         decoder_input_ids=batch.tokens["prev_output_tokens"],
+        **options,
     ).logits
 
 
@@ -310,6 +352,9 @@ LOOP, OURS = "per-language loop", "lslora_fairseq"
 BOTH_SIDES = f"{OURS}, weight learning"
 STOCK_LOSS = f"{OURS}, fairseq's loss"
 HF_FROZEN, HF_PEFT = "frozen Hugging Face twin", f"PEFT on it (rank {LOW_RANK})"
+HF_MIXED = "PEFT on it, mixed batch"
+LOOPS = (LOOP, HF_MIXED)  # in Python, over the languages
+HUGGING_FACE = (HF_FROZEN, HF_PEFT, HF_MIXED)
 
 CONTENDERS = {
     FROZEN: FrozenBase,
@@ -322,6 +367,7 @@ CONTENDERS = {
     LOOP: LanguageLoop,
     HF_FROZEN: HuggingFaceFrozenBase,
     HF_PEFT: PEFT,
+    HF_MIXED: MixedPEFT,
 }
 
 
@@ -340,18 +386,18 @@ def measurable():
         note = f"it cannot be imported ({error})"
     else:
         return list(CONTENDERS), []
-    labels = [label for label in CONTENDERS if label not in (HF_FROZEN, HF_PEFT)]
+    labels = [label for label in CONTENDERS if label not in HUGGING_FACE]
     return labels, [f"PEFT was left out: {note}"]
 
 
 def at(languages, labels, options):
-    """Those of the labels that are measured at a number of languages: the loop is up to a limit."""
-    return [label for label in labels if label != LOOP or languages <= options.loop_up_to]
+    """Those of the labels that are measured at a number of languages: loops are up to a limit."""
+    return [label for label in labels if label not in LOOPS or languages <= options.loop_up_to]
 
 
 def loop_note(options):
-    """A list with a note on where the loop is left out, if it is."""
+    """A list with a note on where loops are left out, if they are."""
     left_out = [str(n) for n in options.languages if n > options.loop_up_to]
     if not left_out:
         return []
-    return [f"{LOOP} left out at {', '.join(left_out)} languages (--loop-up-to)"]
+    return [f"loops left out at {', '.join(left_out)} languages (--loop-up-to)"]

@@ -12,15 +12,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmark.contenders import (
-    CONTENDERS,
-    FROZEN,
-    HF_FROZEN,
-    HF_PEFT,
-    at,
-    loop_note,
-    measurable,
-)
+from benchmark.contenders import CONTENDERS, FROZEN, HUGGING_FACE, at, loop_note, measurable
 from benchmark.measuring import free, progress
 from benchmark.report import Result, Spread, Table
 from benchmark.shapes import Setting
@@ -196,7 +188,7 @@ def count(label, setting, languages):
         found, warned = training_pass(contender, batch, setting.device)
         moved = update(contender, batch)
         decoding = None
-        if label not in (HF_FROZEN, HF_PEFT):
+        if label not in HUGGING_FACE:
             decoding = decoding_step(contender, batch).count
     warnings = None if warned is None else len(warned)
     return Counts(found.count, found.waits, warnings, moved, decoding)

@@ -156,9 +156,14 @@ def ranks(languages):
     return [LOW_RANK if number % 3 == 0 else HIGH_RANK for number in range(languages)]
 
 
+def code(language):
+    """The code of a language's index."""
+    return f"l{language:03d}"
+
+
 def codes(languages):
     """Language codes, in the order of their indices."""
-    return [f"l{number:03d}" for number in range(languages)]
+    return [code(number) for number in range(languages)]
 
 
 def adapter_options(languages):

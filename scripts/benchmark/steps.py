@@ -7,6 +7,7 @@ from benchmark.contenders import (
     FROZEN,
     FULL,
     HF_FROZEN,
+    HF_MIXED,
     HF_PEFT,
     OURS,
     STOCK_LOSS,
@@ -124,7 +125,7 @@ def step_tables(labels, raw):
         tables.append(table(f"{title}, seconds", "events"))
     if HF_PEFT in labels:
         title, twin = f"{inner} ÷ {HF_FROZEN}", HF_FROZEN
-        tables.append(table(title, "forward_backward", twin, shown=[HF_PEFT]))
+        tables.append(table(title, "forward_backward", twin, shown=[HF_PEFT, HF_MIXED]))
     return tables
 
 

@@ -31,7 +31,7 @@ def test_mixed_batch_equals_single_language_runs(sides, train):
     for pair in sorted(set(PAIRS)):
         chosen = [i for i, p in enumerate(PAIRS) if p == pair]
         alone = model(**rows(mixed, chosen))[0]
-        torch.testing.assert_close(out[chosen], alone, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(out[chosen], alone, atol=2e-5, rtol=1e-5)
     # and the adapters do differ: another language gives another output; but where all share one
     other = {**mixed, "target_lang_ids": (mixed["target_lang_ids"] + 1) % 4}
     differs = not torch.allclose(out, model(**other)[0], atol=1e-2)
@@ -44,7 +44,7 @@ def test_one_sentence_of_each_direction():
     out = model(**mixed)[0]
     for i in range(len(PAIRS)):
         torch.testing.assert_close(
-            out[i : i + 1], model(**rows(mixed, [i]))[0], atol=1e-5, rtol=1e-5
+            out[i : i + 1], model(**rows(mixed, [i]))[0], atol=2e-5, rtol=1e-5
         )
 
 

@@ -122,7 +122,7 @@ def test_shared_lora_is_the_loop_of_one_language():
 def test_what_each_contender_trains():
     names = {}
     for label, kind in CONTENDERS.items():
-        if label not in (contenders.HF_FROZEN, contenders.HF_PEFT):
+        if label not in contenders.HUGGING_FACE:
             contender = kind(TINY, LANGUAGES)
             named = contender.model.named_parameters()
             names[label] = [name for name, param in named if param.requires_grad]
@@ -223,6 +223,8 @@ def test_half_precision_and_operations(tmp_path, capsys):
 @pytest.mark.parametrize("precision", shapes.DTYPES)
 @pytest.mark.parametrize("label", ["full fine-tuning", "lslora_fairseq"])
 def test_contenders_are_trained_in_every_precision(label, precision):
+    if precision == "fp16" and torch.__version__ < (2, 4):
+        pytest.skip("this torch has no layer norm in fp16 on CPUs")
     contender = CONTENDERS[label](replace(TINY, precision=precision), LANGUAGES)
     contender.start_optimizer()
     before = [p.clone() for p in contender.trainable()]
