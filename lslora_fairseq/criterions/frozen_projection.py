@@ -18,7 +18,7 @@ from lslora_fairseq.lora.linear import autocast_dtype
 # Bytes of the buffer. They bound what the loss takes whatever the number of words, while the fewer
 # these are, the more tokens a piece has, and the less often the weights are read. On a GPU what the
 # host has to call for each piece counts, too.
-BUFFER = {"cpu": 2**28, "cuda": 2**30}
+BUFFER = {"cpu": 2**29, "cuda": 2**30}
 # Half precision: dz is multiplied by this before the products. The share of one smoothed word, 4e-7
 # of 256,000 words, then keeps its digits in fp16, and what is summed stays far below its 65,504.
 HALF_SCALE = 128
