@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from fairseq.criterions.label_smoothed_cross_entropy import label_smoothed_nll_loss
 
 from benchmark import contenders, shapes
-from benchmark.measuring import in_own_process, interleaved, progress, seconds
-from benchmark.memory import MEGABYTE, current_memory, peak_memory, step_memory
+from benchmark.measuring import interleaved, progress, seconds
+from benchmark.memory import MEGABYTE, current_memory, memory_of, peak_memory, step_memory
 from benchmark.report import Result, Spread, Table, ratios
 from benchmark.shapes import LANGUAGES, PAD
 from lslora_fairseq.criterions.frozen_projection import frozen_projection_loss
@@ -87,7 +87,7 @@ def loss(options):
     for kind in ("", ADAPTED):
         labels = [STOCK + kind, OURS + kind]
         times = loss_times(setting, labels, options.repetitions)
-        peaks = {k: in_own_process(loss_memory, setting, k, options.threads) for k in labels}
+        peaks = {k: memory_of(loss_memory, setting, k, options.threads) for k in labels}
         rows = {
             label: [
                 Spread.of(times[label]),
@@ -113,7 +113,7 @@ def loss_step(options):
     raw = {}
     for label in (contenders.FULL, contenders.STOCK_LOSS, contenders.OURS):
         progress(f"loss-step: {label}")
-        raw[label] = in_own_process(step_memory, shapes.M2M_615M, label, LANGUAGES, options.threads)
+        raw[label] = memory_of(step_memory, shapes.M2M_615M, label, LANGUAGES, options.threads)
     full, stock = (raw[label][1] for label in (contenders.FULL, contenders.STOCK_LOSS))
     rows = {
         label: [Spread.of([n]) for n in (above / MEGABYTE, above / full, above / stock)]

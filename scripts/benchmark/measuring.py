@@ -2,7 +2,6 @@
 
 import gc
 import logging
-import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -60,13 +59,9 @@ def free(device):
 def in_own_process(function, *args):
     """Calls a function in a fresh process, whose memory holds nothing else.
 
-    glibc's allocator works as it does by itself there: told to keep memory for reuse, it would
-    count what is free, too.
-
     Raises:
         ConfigError: the process was killed.
     """
-    allocator = os.environ.pop("GLIBC_TUNABLES", None)
     try:
         with ProcessPoolExecutor(
             1, get_context("spawn"), initializer=logging.disable, initargs=(logging.INFO,)
@@ -77,6 +72,3 @@ def in_own_process(function, *args):
             "a process of the benchmark was killed, probably for want of memory: free some, or "
             "leave its section out (--sections)"
         ) from None
-    finally:
-        if allocator is not None:
-            os.environ["GLIBC_TUNABLES"] = allocator

@@ -1,6 +1,7 @@
 """The section about the memory of training steps."""
 
 import gc
+import os
 import sys
 from ctypes import CDLL
 from pathlib import Path
@@ -62,6 +63,20 @@ def step_memory(setting, label, languages, threads):
     return built, peak_memory(setting.device) - built
 
 
+def memory_of(function, *args):
+    """Calls one of the functions that measure memory in a process of its own.
+
+    glibc's allocator works there as it does by itself: told to keep memory for reuse, it would
+    count what is free, too.
+    """
+    allocator = os.environ.pop("GLIBC_TUNABLES", None)
+    try:
+        return in_own_process(function, *args)
+    finally:
+        if allocator is not None:
+            os.environ["GLIBC_TUNABLES"] = allocator
+
+
 def memory(options):
     """Peak memory of training steps above the weights, each kind in a process of its own."""
     counts = options.languages
@@ -74,7 +89,7 @@ def memory(options):
         if label in (OURS, LOOP):
             name = f"{label}, {languages} language{'s' if languages > 1 else ''}"
         progress(f"memory: {name}")
-        raw[name] = in_own_process(step_memory, options.setting, label, languages, options.threads)
+        raw[name] = memory_of(step_memory, options.setting, label, languages, options.threads)
     full = raw[FULL][1]
     rows = {
         name: [Spread.of([value]) for value in (built / MEGABYTE, above / MEGABYTE, above / full)]

@@ -40,7 +40,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(shapes, "M2M_615M", TINY)
     monkeypatch.setattr(operations, "SHAPE", replace(TINY, dropout=0.0))
     monkeypatch.setattr(steps, "MANY_LANGUAGES", 20)
-    for module in (memory, lifecycle, loss):
+    for module in (memory, lifecycle):
         monkeypatch.setattr(module, "in_own_process", lambda f, *args: f(*args))
 
 
