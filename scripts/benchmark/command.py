@@ -32,7 +32,8 @@ REMARKS = """
 Prints tables of medians (min-max) and writes OUT/benchmark.json, with every single measurement, and
 OUT/benchmark.svg. Ratios hold from run to run within a few percent, seconds do not; nothing else
 should run meanwhile. Unless GLIBC_TUNABLES is set, glibc's allocator is told to keep memory for
-reuse: PyTorch's large tensors otherwise cost fresh pages every time. Memory is measured without.
+reuse: PyTorch's large tensors otherwise cost fresh pages every time. Memory is measured
+where it gives back what is free.
 
 examples:
   python scripts/benchmark

@@ -66,15 +66,16 @@ def step_memory(setting, label, languages, threads):
 def memory_of(function, *args):
     """Calls one of the functions that measure memory in a process of its own.
 
-    glibc's allocator works there as it does by itself: told to keep memory for reuse, it would
-    count what is free, too.
+    glibc's allocator gives back there what is free: keeping it for reuse, it would count it, too.
     """
-    allocator = os.environ.pop("GLIBC_TUNABLES", None)
+    before = os.environ.get("GLIBC_TUNABLES")
+    os.environ["GLIBC_TUNABLES"] = f"glibc.malloc.mmap_threshold={MEGABYTE}"
     try:
         return in_own_process(function, *args)
     finally:
-        if allocator is not None:
-            os.environ["GLIBC_TUNABLES"] = allocator
+        del os.environ["GLIBC_TUNABLES"]
+        if before is not None:
+            os.environ["GLIBC_TUNABLES"] = before
 
 
 def memory(options):

@@ -1,6 +1,7 @@
 """The benchmark: its baselines compute the same as the package, its record holds its tables."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -142,6 +143,17 @@ def test_what_each_contender_trains():
     assert len(names["per-language loop"]) == 2 * count * LANGUAGES
     adapters_and_w = 2 * LANGUAGES + 1  # of a layer
     assert len(names[contenders.BOTH_SIDES]) == 2 * TINY.layers * adapters_and_w
+
+
+@pytest.mark.parametrize("before", [None, "glibc.malloc.mmap_max=0"])
+def test_free_memory_is_not_counted(monkeypatch, before):
+    """Whatever the allocator is told elsewhere."""
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    if before:
+        monkeypatch.setenv("GLIBC_TUNABLES", before)
+    found = memory.memory_of(os.getenv, "GLIBC_TUNABLES")
+    assert found == "glibc.malloc.mmap_threshold=1048576"
+    assert os.environ.get("GLIBC_TUNABLES") == before
 
 
 def test_ranks_of_the_package_are_those_of_the_loop():
