@@ -84,9 +84,11 @@ def test_files_on_their_base_are_merged_the_same(tmp_path):
     made = adapter_files.model(**SHARED)
     files = Collection([adapter_files.write(tmp_path, made, **SHARED)])
     state = adapter_files.base_of(made)
+    state |= {f"encoder.layers.0.{name}": torch.ones(2) for name in FUSED_COPIES}
     assembly = Assembly(files, Identity("base.pt", "transformer", list(CODES)))
     options = {**OPTIONS, **assembly.options(38)}
     assembly.assemble(state)
+    assert not any(key.endswith(FUSED_COPIES) for key in state)
     found = Merging(trained.of("base.pt", options, state)).weights("de-fr")
     made.merge(CODES.index("de"), CODES.index("fr"))
     same(found, made.state_dict())
@@ -98,9 +100,12 @@ def test_copies_for_the_fused_path_are_left_out(tmp_path):
     path = adapter_files.save(tmp_path / "checkpoint.pt", made)
     state = torch.load(path)
     state["model"].update({f"encoder.layers.0.{name}": torch.ones(2) for name in FUSED_COPIES})
+    number = "encoder.embed_positions._float_tensor"
+    state["model"][number] = torch.ones(1)
     torch.save(state, path)
     found = Merging(trained.read(path)).weights("en-de")
     assert not any(key.endswith(FUSED_COPIES) for key in found)
+    assert found[number] == 0  # it was whatever stood in memory
 
 
 def test_how_tokens_are_told_to_stock_fairseq(tmp_path):
