@@ -25,8 +25,9 @@ Measures what adapters cost, as ratios: interleaved repetitions in one process, 
 Compared are the frozen base without adapters (the limit), full fine-tuning, one LoRA for all
 languages, one LoRA per language applied by a loop of boolean masks (the obvious implementation),
 this package, the same with --lora-weight-learning, and PEFT on a Hugging Face model of the same
-shape where peft and transformers are installed. Of the languages every third has rank 8, the others
-rank 2; the encoder is indexed by the source language, the decoder by the target language.
+shape, with one adapter and with one per language (its mixed batch), where peft and transformers are
+installed. Of the languages every third has rank 8, the others rank 2; the encoder is indexed by the
+source language, the decoder by the target language.
 """
 REMARKS = """
 Prints tables of medians (min-max) and writes OUT/benchmark.json, with every single measurement, and
