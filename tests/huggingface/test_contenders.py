@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
-from benchmark.contenders import MixedPEFT  # noqa: E402
+from benchmark.contenders import MixedPEFT, hugging_face_logits  # noqa: E402
 from benchmark.shapes import Setting, codes, ranks  # noqa: E402
 
 TINY = Setting(layers=2, dim=16, ffn=32, heads=2, words=40, sentences=9, tokens=6)
@@ -15,17 +15,12 @@ LANGUAGES = 4
 def test_a_mixed_batch_of_peft_is_each_sentence_with_its_own_adapter():
     mixed, batch = MixedPEFT(TINY, LANGUAGES), TINY.batch(LANGUAGES)
     mixed.add_noise()
-    found = {n: mixed.model.peft_config[code].r for n, code in enumerate(codes(LANGUAGES))}
-    assert [*found.values()] == ranks(LANGUAGES)
+    assert [mixed.model.peft_config[code].r for code in codes(LANGUAGES)] == ranks(LANGUAGES)
     with torch.no_grad():
         whole = mixed.logits(batch)
         for language in range(LANGUAGES):
             mixed.model.set_adapter(codes(LANGUAGES)[language])
-            own = mixed.model(
-                input_ids=batch.tokens["src_tokens"],
-                attention_mask=batch.tokens["src_tokens"].ne(1).long(),
-                decoder_input_ids=batch.tokens["prev_output_tokens"],
-            ).logits
+            own = hugging_face_logits(mixed.model, batch)
             chosen = batch.lang_ids["target_lang_ids"] == language
             assert chosen.any() and not chosen.all()
             torch.testing.assert_close(whole[chosen], own[chosen], atol=1e-5, rtol=1e-5)
