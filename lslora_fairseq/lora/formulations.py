@@ -21,7 +21,7 @@ class AdaptedLinears(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, z, sides, modules, *tensors):
+    def forward(ctx, x, z, sides, modules, weights, biases, *stacks):
         """
         Args:
             x: (batch, time, in), contiguous
@@ -29,63 +29,65 @@ class AdaptedLinears(torch.autograd.Function):
             sides: for each index side, the layer's
                 :class:`~lslora_fairseq.lora.stacked.StackedAdapters` and the blocks of its route
             modules: the site's module name of each linear, None where it has no adapters
-            tensors: those of the stacked adapters; then the linears' weights, then their biases
+            weights, biases: of each linear, frozen
+            stacks: for each index side, the tensor of the stacked adapters
 
         Returns:
             (batch, time, out) of every linear
         """
         ctx.sides, ctx.modules = sides, modules
-        weights = tensors[len(sides) : len(sides) + len(modules)]
-        biases = tensors[len(sides) + len(modules) :]
-        outs = [_frozen_linear(x, weight, bias) for weight, bias in zip(weights, biases)]
-        kept = _add_sides(outs, x if z is None else z, sides, modules)
+        ys, kept = _forward(x, x if z is None else z, sides, modules, weights, biases)
         ctx.save_for_backward(x, z, *weights, *kept)
-        return tuple(outs)
+        # no views, which a caller could not change in place
+        return tuple(y.resize_(*x.shape[:2], y.size(1)) for y in ys)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *dys):
         x, z, *tensors = ctx.saved_tensors
         weights, kept = tensors[: len(ctx.modules)], iter(tensors[len(ctx.modules) :])
-        dys = [dy.contiguous() for dy in dys]
+        dys = [dy.contiguous().flatten(0, 1) for dy in dys]
         dx = _frozen_backward(dys, weights) if ctx.needs_input_grad[0] else None
-        dz = dx if z is None else torch.zeros_like(z)
+        inputs = (x if z is None else z).flatten(0, 1)
+        dz = dx if z is None else torch.zeros_like(inputs)
         adapted = {m: dy for m, dy in zip(ctx.modules, dys) if m is not None}
         handed = []
-        for (stacked, blocks), is_trained in zip(ctx.sides, ctx.needs_input_grad[4:]):
-            handed.append(stacked.start_gradient() if is_trained else None)
+        for (stacked, blocks), is_trained in zip(ctx.sides, ctx.needs_input_grad[6:]):
+            handed.append(stacked.start_gradient(blocks) if is_trained else None)
             side_kept = [(next(kept), next(kept)) for _ in blocks]
-            inputs = x if z is None else z
             _adapted_backward(adapted, dz, inputs, side_kept, stacked, blocks, is_trained)
-        dz = None if dz is dx else dz
-        return dx, dz, None, None, *handed, *[None] * (2 * len(weights))
+        dz = None if z is None else dz.view_as(z)
+        return None if dx is None else dx.view_as(x), dz, None, None, None, None, *handed
 
 
 def adapted_linears(x, sides, modules, weights, biases):
     """As :class:`AdaptedLinears`, where nothing is kept for a backward pass."""
-    outs = [F.linear(x, weight, bias) for weight, bias in zip(weights, biases)]
-    _add_sides(outs, x, sides, modules)
-    return outs
+    ys, _ = _forward(x, x, sides, modules, weights, biases)
+    return [y.view(*x.shape[:2], -1) for y in ys]
 
 
-def _add_sides(outs, z, sides, modules):
-    """Adds the adapters of all sides to the outputs of the linears, in place.
+def _forward(x, z, sides, modules, weights, biases):
+    """The frozen linears, and in their outputs the adapters of all sides.
 
     Returns:
-        what :func:`_add_adapted` does, of one side after the other
+        (batch · time, out) of every linear, and what :func:`_add_adapted` returns of one side
+        after the other
     """
-    adapted, kept = {m: y for m, y in zip(modules, outs) if m is not None}, []
+    flat = x.flatten(0, 1)
+    ys = [F.linear(flat, weight, bias) for weight, bias in zip(weights, biases)]
+    adapted, kept = {m: y for m, y in zip(modules, ys) if m is not None}, []
+    z = flat if z is x else z.flatten(0, 1)
     for stacked, blocks in sides:
         kept += _add_adapted(adapted, z, stacked, blocks)
-    return kept
+    return ys, kept
 
 
 def _add_adapted(ys, z, stacked, blocks):
     """Adds one side's adapters to the outputs of the linears, in place.
 
     Args:
-        ys: module name of a site -> (batch, time, out) of its linear
-        z: (batch, time, in) the adapters' input
+        ys: module name of a site -> (batch · time, out) of its linear
+        z: (batch · time, in) the adapters' input
 
     Returns:
         of each block in turn, A of all linears side by side and its product with z, scaled
@@ -95,7 +97,7 @@ def _add_adapted(ys, z, stacked, blocks):
     y_parts = [_sentences(y, B, blocks) for y, (_, B) in zip(ys.values(), factors)]
     kept = []
     for number, (block, A) in enumerate(zip(blocks, stacked.side_by_side(tuple(ys), blocks))):
-        h = _scaled(_times_transposed(z_parts[number], A), block)
+        h = _scaled(_times_transposed(z_parts[number], A), block, len(ys))
         for y, part, (_, B) in zip(y_parts, _parts(h, len(ys)), factors):
             _add_product(y[number], part, B[number])
         kept += A, h
@@ -110,7 +112,7 @@ def _adapted_backward(dys, dz, z, kept, stacked, blocks, is_trained):
         kept: of each block, what :func:`_add_adapted` returned
     """
     factors = [stacked.factors(module, blocks) for module in dys]
-    gradients = [stacked.gradients(module, blocks) for module in dys] if is_trained else ()
+    gradients = [stacked.gradients(module) for module in dys] if is_trained else ()
     dy_parts = [_sentences(dy, B, blocks) for dy, (_, B) in zip(dys.values(), factors)]
     z_parts = _sentences(z, factors[0][0], blocks)
     dz_parts = None if dz is None else _sentences(dz, factors[0][0], blocks)
@@ -124,7 +126,7 @@ def _adapted_backward(dys, dz, z, kept, stacked, blocks, is_trained):
             dh_parts = _parts(dh, len(Bs))
             for part, dy, B in zip(dh_parts, dy_of_block, Bs):
                 torch.matmul(dy, B.mT, out=part)
-        _scaled(dh, block)
+        _scaled(dh, block, len(Bs))
         for (dA, dB, beta), dh_part, h_part, dy in zip(
             gradients, dh_parts, _parts(h, len(Bs)), dy_of_block
         ):
@@ -134,36 +136,30 @@ def _adapted_backward(dys, dz, z, kept, stacked, blocks, is_trained):
             _add_product(dz_parts[number], dh, A)
 
 
-def _frozen_linear(x, weight, bias):
-    """As ``F.linear``, whose result would be a view, which a caller could not change in place."""
-    flat = x.flatten(0, 1)
-    y = flat.mm(weight.t()) if bias is None else torch.addmm(bias, flat, weight.t())
-    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], -1))
-
-
 def _frozen_backward(dys, weights):
-    """Gradient of the shared input of several frozen linears."""
-    dx = dys[0] @ weights[0]
+    """Gradient (batch · time, in) of the shared input of several frozen linears."""
+    dx = dys[0].mm(weights[0])
     for dy, weight in zip(dys[1:], weights[1:]):
-        dx.flatten(0, 1).addmm_(dy.flatten(0, 1), weight)
+        dx.addmm_(dy, weight)
     return dx
 
 
 def _sentences(x, factors, blocks):
     """For each block, its sentences and the features that its factor of the adapters sees.
 
+    Args:
+        x: (batch · time, features)
+
     Returns:
         (sentences · time, features) views, or (sentences, time, features) for a block that gathers
     """
     features = factors[0].size(-1)
-    if features < x.size(-1):
-        x = x[..., :features]
-    if blocks[0].gathers:
-        return (x,)
-    flat = x.flatten(0, 1)
+    if features < x.size(1):
+        x = x[:, :features]
     if len(blocks) == 1:
-        return (flat,)
-    return flat.split_with_sizes([(b.stop - b.start) * x.size(1) for b in blocks])
+        return (x.view(blocks[0].stop, -1, features) if blocks[0].gathers else x,)
+    time = len(x) // blocks[-1].stop
+    return x.split_with_sizes([(b.stop - b.start) * time for b in blocks])
 
 
 def _parts(h, linears):
@@ -171,11 +167,10 @@ def _parts(h, linears):
     return (h,) if linears == 1 else h.chunk(linears, -1)
 
 
-def _scaled(h, block):
+def _scaled(h, block, linears):
     """Multiplies h, (…, linears · columns), by the block's scaling, in place."""
     if block.scaling is not None:
-        sentences, _, columns = block.scaling.shape
-        h.view(sentences, -1, h.size(-1) // columns, columns).mul_(block.scaling.unsqueeze(2))
+        h.view(len(block.scaling), -1, linears, h.size(-1) // linears).mul_(block.scaling)
     return h
 
 

@@ -108,25 +108,39 @@ def apply_linears(x, linears):
     adapted = [linear for linear in linears if isinstance(linear, LSLoLinear)]
     if not adapted:
         return [linear(x) for linear in linears]
-    first = adapted[0]
-    here, dtype = current_pass(), autocast_dtype(x.device.type)
-    sides = []
-    for adapters, route in _stacks(here, first):
-        route = route.without_beams(x.size(0))
-        stacked = _stacked(here, adapters, route, dtype or first.weight.dtype)
-        sides.append((*stacked, route.blocks))
+    first, dtype = adapted[0], autocast_dtype(x.device.type)
+    found = _sides(first, x.size(0), dtype or first.weight.dtype)
     x = x.contiguous()
     z = F.dropout(x, first.dropout) if first.training and first.dropout else None
-    tensors = [x, z, *(linear.weight for linear in linears), *(linear.bias for linear in linears)]
+    weights, biases = ([getattr(lin, name) for lin in linears] for name in ("weight", "bias"))
     if dtype is not None:
-        tensors = [None if t is None else t.to(dtype) for t in tensors]
-    x, z, *tensors = tensors
+        x, z, *cast = (None if t is None else t.to(dtype) for t in (x, z, *weights, *biases))
+        weights, biases = cast[: len(linears)], cast[len(linears) :]
     modules = tuple(lin.site.module if lin in adapted else None for lin in linears)
-    stacks = [tensor for tensor, _, _ in sides]
-    sides = [side[1:] for side in sides]
+    sides = [side[1:] for side in found]
     if z is None and not torch.is_grad_enabled():
-        return adapted_linears(x, sides, modules, tensors[: len(linears)], tensors[len(linears) :])
-    return AdaptedLinears.apply(x, z, sides, modules, *stacks, *tensors)
+        return adapted_linears(x, sides, modules, weights, biases)
+    stacks = [side[0] for side in found]
+    return AdaptedLinears.apply(x, z, sides, modules, weights, biases, *stacks)
+
+
+def _sides(linear, batch, dtype):
+    """The stacks of a layer and the blocks of their routes: once per pass, for all linears that
+    read as many sentences.
+
+    Returns:
+        of each stack its tensor, its :class:`~lslora_fairseq.lora.stacked.StackedAdapters` and the
+        blocks
+    """
+    here = current_pass()
+    key = id(linear.adapters), batch  # the linears of a layer have one dict of them
+    if key not in here.stacks:
+        found = []
+        for adapters, route in _stacks(here, linear):
+            route = route.without_beams(batch)
+            found.append((*_stacked(here, adapters, route, dtype), route.blocks))
+        here.stacks[key] = found
+    return here.stacks[key]
 
 
 def _stacks(here, linear):

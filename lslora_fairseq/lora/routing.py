@@ -56,8 +56,9 @@ class Block(NamedTuple):
         start, stop: the sentences
         rows: rows of the stacked adapters: a slice shared by all sentences of the block, or
             (sentences, columns) indices, for each its own
-        scaling: alpha / rank: (sentences, 1, columns) with 0 in the columns of languages that are
-            not a sentence's own, or (sentences, 1, 1); None where it is 1 for all
+        scaling: alpha / rank, for (sentences, time, linears, columns): (sentences, 1, 1, columns)
+            with 0 in the columns of languages that are not a sentence's own, or (sentences, 1, 1,
+            1); None where it is 1 for all
     """
 
     start: int
@@ -137,7 +138,7 @@ class Present:
         if len(self.languages) == 1:
             return Block(start, stop, rows, self._own_scaling(lang_ids[start:stop]))
         mine = lang_ids[start:stop].unsqueeze(1) == self.owners[rows]
-        return Block(start, stop, rows, (self._row_scaling[rows] * mine).unsqueeze(1))
+        return Block(start, stop, rows, (self._row_scaling[rows] * mine)[:, None, None])
 
     def sorted(self, lang_ids, time):
         """The route of the sentences, sorted by language: blocks of neighbouring languages, or
@@ -186,7 +187,7 @@ class Present:
         return Route(self, (Block(0, lang_ids.size(0), rows, scaling),))
 
     def _own_scaling(self, lang_ids):
-        return self.layout.scaling[lang_ids][:, None, None] if self.is_scaled else None
+        return self.layout.scaling[lang_ids][:, None, None, None] if self.is_scaled else None
 
     @cached_property
     def _table(self):
@@ -268,10 +269,10 @@ class Route(NamedTuple):
 
 
 def _columns(scaling, present, sentences, columns):
-    """(sentences, 1, columns) of a block's scaling."""
+    """(sentences, 1, 1, columns) of a block's scaling."""
     if scaling is None:
-        scaling = present.layout.scaling.new_ones(1, 1, 1)
-    return scaling.expand(sentences, 1, columns)
+        scaling = present.layout.scaling.new_ones(1, 1, 1, 1)
+    return scaling.expand(sentences, 1, 1, columns)
 
 
 class LayerPass(NamedTuple):

@@ -47,7 +47,7 @@ class StackedAdapters:
     def __init__(self, adapters, languages):
         self.adapters, self._languages = adapters, languages
         self.columns, self.width_A = adapters[0].columns, adapters[0].width_A
-        self._factors = {}
+        self._factors, self._side_by_side = None, {}
         # of the backward pass
         self._task = self._buffer = self._gradients = None
         self._written = set()
@@ -60,17 +60,17 @@ class StackedAdapters:
             module: name of the site's module
             blocks: those of the route
         """
-        if module not in self._factors:
-            self._factors[module] = self._views(self.tensor, module, blocks)
+        if self._factors is None:
+            self._factors = self._views(self.tensor, blocks)
         return self._factors[module]
 
     def side_by_side(self, modules, blocks):
         """A of linears that read the same input, for each block: (linears · columns, features), or
         (sentences, linears · columns, features)."""
-        if modules not in self._factors:
+        if modules not in self._side_by_side:
             As = [self.factors(module, blocks)[0] for module in modules]
-            self._factors[modules] = As[0] if len(As) == 1 else [*map(_joined, zip(*As))]
-        return self._factors[modules]
+            self._side_by_side[modules] = As[0] if len(As) == 1 else [*map(_joined, zip(*As))]
+        return self._side_by_side[modules]
 
     def gathered(self, rows):
         """The same adapters with each sentence's own rows, without a gradient.
@@ -85,15 +85,22 @@ class StackedAdapters:
         found.tensor = F.embedding(rows, self.tensor)
         return found.tensor, found
 
-    def _views(self, tensor, module, blocks):
-        parts = [tensor[..., columns] for columns in self.columns[module]]
+    def _views(self, tensor, blocks):
+        """module -> A and B of a stack, or of its gradient, for each block."""
+        As, Bs = zip(*self.columns.values())
+        parts = tensor.split_with_sizes([c.stop - c.start for c in (*As, *Bs)], -1)
         if len(blocks) == 1:
-            return tuple((part,) for part in parts)
-        sizes = [block.rows.stop - block.rows.start for block in blocks]
-        return tuple(part.split_with_sizes(sizes) for part in parts)
+            parts = [(part,) for part in parts]
+        else:
+            rows = [block.rows.stop - block.rows.start for block in blocks]
+            parts = [part.split_with_sizes(rows) for part in parts]
+        return dict(zip(self.columns, zip(parts, parts[len(As) :])))
 
-    def start_gradient(self):
+    def start_gradient(self, blocks):
         """Begins the backward pass of a group of linears.
+
+        Args:
+            blocks: those of the route
 
         Returns:
             what it hands to autograd as its part of the gradient: the buffer of all, or None if
@@ -103,20 +110,19 @@ class StackedAdapters:
         if task == self._task:
             return None
         # another backward pass starts afresh
-        self._task, self._written, self._gradients = task, set(), {}
+        self._task, self._written = task, set()
         self._buffer = torch.empty_like(self.tensor)
+        self._gradients = self._views(self._buffer, blocks)
         return self._buffer
 
-    def gradients(self, module, blocks):
+    def gradients(self, module):
         """Where a linear adds its gradients.
 
         Returns:
             of A and of B, for each block, views; and 1.0 if they hold something to add to, or 0.0
         """
         beta = float(module in self._written)
-        if not beta:
-            self._written.add(module)
-            self._gradients[module] = self._views(self._buffer, module, blocks)
+        self._written.add(module)
         return (*self._gradients[module], beta)
 
     def finish(self, grad):

@@ -16,7 +16,7 @@ import torch
 from lslora_fairseq.errors import ConfigError
 from lslora_fairseq.lora.adapters import Adapter
 from lslora_fairseq.optim.few_calls import in_few_calls
-from lslora_fairseq.optim.masters import build_masters
+from lslora_fairseq.optim.masters import build_masters, write_back
 from lslora_fairseq.optim.pruner import Pruner
 
 logger = logging.getLogger(__name__)
@@ -75,39 +75,42 @@ class LanguageOptimizer(torch.optim.Optimizer):
     def _hyper(self):
         return _hyper(self.param_groups[0])
 
-    def present(self):
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update of the languages that have a gradient; *closure* is not supported."""
+        gradients = [master.gradient() for master in self.masters]
+        present = self._present(gradients)
+        moved = []
+        for master, group, gradient in zip(self.masters, self._groups, gradients):
+            if master.key in present:
+                moved.append((master, group))
+                if gradient is None:  # of a layer that was left out
+                    gradient = torch.zeros_like(master.weight)
+                master.weight.grad = gradient
+        masters, groups = [master for master, _ in moved], [group for _, group in moved]
+        self._pass_settings_on(groups)
+        with self._shown(groups):
+            self.inner.step()
+        for master in masters:
+            master.weight.grad = None
+            self._clear_pruned(master)
+        write_back(masters)
+        self.pruner.note(present)
+
+    def _present(self, gradients):
         """The (side, language) pairs that have a gradient in this update.
 
         One transfer from the device for all of them. Gradients are the same on every process
         once reduced, and so is the answer.
+
+        Args:
+            gradients: of each master, or None
         """
-        given = [(p.grad, a) for p, a in zip(self._params, self.adapters) if p.grad is not None]
+        given = [(grad, m.key) for grad, m in zip(gradients, self.masters) if grad is not None]
         if not given:
             return set()
         largest = torch._foreach_norm([grad for grad, _ in given], float("inf"))
-        return {
-            (adapter.side, adapter.language)
-            for size, (_, adapter) in zip(torch.stack(largest).tolist(), given)
-            if size != 0
-        }
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        """One update of the languages that have a gradient; *closure* is not supported."""
-        present = self.present()
-        moved = [pair for pair in zip(self.masters, self._groups) if pair[0].key in present]
-        for master, _ in moved:
-            master.weight.grad = master.joined([piece.gradient for piece in master.pieces])
-        groups = [group for _, group in moved]
-        self._pass_settings_on(groups)
-        with self._shown(groups):
-            self.inner.step()
-        for master, _ in moved:
-            master.weight.grad = None
-            self._clear_pruned(master)
-            for piece in master.pieces:
-                piece.write_back()
-        self.pruner.note(present)
+        return {key for size, (_, key) in zip(torch.stack(largest).tolist(), given) if size != 0}
 
     def _pass_settings_on(self, moved):
         """Tells the inner groups what was changed from outside since the last step.
@@ -193,8 +196,7 @@ class LanguageOptimizer(torch.optim.Optimizer):
                 wanted = torch.where(same, precise, wanted)
                 strangers.append(~same.all())
             master.weight.copy_(wanted)
-            for piece in master.pieces:
-                piece.write_back()
+        write_back(self.masters)
         if strangers and torch.stack(strangers).any():
             logger.warning(
                 "the optimizer state belongs to other weights than those loaded, as in a file that "

@@ -37,9 +37,14 @@ class Piece:
 
     @property
     def gradient(self):
-        """(rank, columns) fp32; zeros in a layer where the language got none."""
+        """(rank, columns); zeros in a layer where the language got none."""
         grad = self.param.grad
-        return torch.zeros_like(self.master) if grad is None else grad[:, self.columns].float()
+        return torch.zeros_like(self.master) if grad is None else grad[:, self.columns]
+
+    @property
+    def shares_memory(self):
+        """Whether the parameter is where the master is, and needs no copy of it."""
+        return self.param.data_ptr() == self.master.data_ptr()
 
     def part(self, factor):
         """Which of these columns belong to factor ``A`` or ``B``."""
@@ -47,12 +52,6 @@ class Piece:
         width = self.master.size(1)
         border = min(max(self.adapter.layer.width_A - first, 0), width)
         return slice(0, border) if factor == "A" else slice(border, width)
-
-    def write_back(self):
-        """Copies the master to the parameter unless they share their memory."""
-        weight = self.param.detach()[:, self.columns]
-        if weight.data_ptr() != self.master.data_ptr():
-            weight.copy_(self.master)
 
 
 @dataclass(eq=False)
@@ -80,6 +79,12 @@ class Master:
     def joined(self, parts):
         """What there is for each piece, in the weight's shape; always a copy."""
         return torch.cat([part.flatten() for part in parts]).view_as(self.weight)
+
+    def gradient(self):
+        """fp32, in the weight's shape; None where no piece has one."""
+        if all(piece.param.grad is None for piece in self.pieces):
+            return None
+        return self.joined([piece.gradient for piece in self.pieces]).float()
 
     def clear_pruned(self, state):
         """Zeroes the pruned entries here and in the inner optimizer's state of the weight."""
@@ -127,3 +132,11 @@ def build_masters(params, adapters, elementwise):
                 piece.param.data = piece.master  # no second copy
         masters.append(Master(key, pieces, weight))
     return masters
+
+
+def write_back(masters):
+    """Copies masters to the parameters, but where they share their memory."""
+    pieces = [piece for master in masters for piece in master.pieces if not piece.shares_memory]
+    if pieces:
+        weights = [piece.param.detach()[:, piece.columns] for piece in pieces]
+        torch._foreach_copy_(weights, [piece.master for piece in pieces])

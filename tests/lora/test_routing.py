@@ -40,7 +40,7 @@ def test_a_sorted_route_shares_the_rows_of_neighbouring_languages():
     (block,) = languages.sorted(ids, 5).blocks
     assert (block.start, block.stop, block.rows) == (0, 4, slice(0, 6))
     assert not block.gathers
-    assert block.scaling.squeeze(1).tolist() == [
+    assert block.scaling.flatten(1).tolist() == [
         [1, 0, 0, 0, 0, 0],
         [0, 2, 2, 2, 0, 0],
         [0, 2, 2, 2, 0, 0],
@@ -64,7 +64,7 @@ def test_a_block_ends_before_its_languages_have_too_many_columns(monkeypatch, co
     assert [(b.start, b.stop, b.rows.start, b.rows.stop) for b in blocks] == expected
     for block in blocks:
         columns = block.rows.stop - block.rows.start
-        assert block.scaling.shape == (block.stop - block.start, 1, columns)
+        assert block.scaling.shape == (block.stop - block.start, 1, 1, columns)
 
 
 def test_on_a_cpu_a_block_ends_before_its_columns_are_mostly_other_languages(monkeypatch):
@@ -95,7 +95,7 @@ def test_an_unsorted_route_shares_all_rows_while_they_are_few():
     languages, ids = present([2, 0, 2])
     (block,) = languages.unsorted(ids).blocks
     assert (block.start, block.stop, block.rows) == (0, 3, slice(0, 3))
-    assert block.scaling.squeeze(1).tolist() == [[0, 0.5, 0.5], [1, 0, 0], [0, 0.5, 0.5]]
+    assert block.scaling.flatten(1).tolist() == [[0, 0.5, 0.5], [1, 0, 0], [0, 0.5, 0.5]]
 
 
 def test_an_unsorted_route_looks_up_each_sentence_otherwise(monkeypatch):
