@@ -19,6 +19,7 @@ from lslora_fairseq.lora.linear import autocast_dtype
 # these are, the more tokens a piece has, and the less often the weights are read. On a GPU what the
 # host has to call for each piece counts, too.
 BUFFER = {"cpu": 2**29, "cuda": 2**30}
+MOST_TOKENS = {"cpu": 768}  # of a piece; products of more are no faster there
 # Half precision: dz is multiplied by this before the products. The share of one smoothed word, 4e-7
 # of 256,000 words, then keeps its digits in fp16, and what is summed stays far below its 65,504.
 HALF_SCALE = 128
@@ -32,7 +33,10 @@ def pieces(tokens, words, dtype, device):
         device: its type
     """
     of_token = words * (dtype.itemsize + (4 if dtype.itemsize < 4 else 0))  # the softmax is in fp32
-    number = -(-tokens * of_token // BUFFER.get(device, BUFFER["cuda"]))
+    number = max(
+        -(-tokens * of_token // BUFFER.get(device, BUFFER["cuda"])),
+        -(-tokens // MOST_TOKENS.get(device, tokens)),
+    )
     return number, -(-tokens // number) * of_token
 
 

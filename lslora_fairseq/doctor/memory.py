@@ -60,8 +60,8 @@ def estimate(shape, precision, max_tokens, checkpointed=False, process=None, in_
     On a CPU it is all that the process takes, on a GPU the tensors alone (CUDA itself takes some
     hundred MiB more). Sentences are taken to be so short that attention weights do not matter.
 
-    Of a layer the backward pass needs, per token, 8.5 d entries and the inner dimension of its
-    feed-forward part, and 6.25 d more for cross-attention. A checkpointed layer keeps its input, d;
+    Of a layer the backward pass needs, per token, 6.5 d entries and the inner dimension of its
+    feed-forward part, and 5.25 d more for cross-attention. A checkpointed layer keeps its input, d;
     one layer at a time is then computed again.
 
     Args:
@@ -76,7 +76,7 @@ def estimate(shape, precision, max_tokens, checkpointed=False, process=None, in_
         dict of part -> bytes
     """
     weight, entries = _adapter_bytes(precision), shape.adapter_entries
-    encoder, decoder = 8.5 * shape.dim + shape.ffn_dim, 14.75 * shape.dim + shape.ffn_dim
+    encoder, decoder = 6.5 * shape.dim + shape.ffn_dim, 11.75 * shape.dim + shape.ffn_dim
     kept = shape.encoder_layers * encoder + shape.decoder_layers * decoder
     if checkpointed:
         kept = (shape.encoder_layers + shape.decoder_layers) * shape.dim + decoder

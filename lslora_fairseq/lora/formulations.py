@@ -17,15 +17,17 @@ from torch.autograd.function import once_differentiable
 class AdaptedLinears(torch.autograd.Function):
     """Frozen linears that read the same input, and the adapters of each sentence's language.
 
-    The input is kept for the backward pass, and A x, which has few columns.
+    The adapters' input is kept for the backward pass, unless it can be computed again there, and
+    A x, which has few columns.
     """
 
     @staticmethod
-    def forward(ctx, x, z, sides, modules, weights, biases, *stacks):
+    def forward(ctx, x, z, normed, sides, modules, weights, biases, *stacks):
         """
         Args:
             x: (batch, time, in), contiguous
             z: the adapters' input where it differs from x (dropout), or None
+            normed: the :class:`~lslora_fairseq.lora.routing.Normed` whose output x is, or None
             sides: for each index side, the layer's
                 :class:`~lslora_fairseq.lora.stacked.StackedAdapters` and the blocks of its route
             modules: the site's module name of each linear, None where it has no adapters
@@ -35,29 +37,35 @@ class AdaptedLinears(torch.autograd.Function):
         Returns:
             (batch, time, out) of every linear
         """
-        ctx.sides, ctx.modules = sides, modules
+        ctx.sides, ctx.modules, ctx.eps = sides, modules, None
         ys, kept = _forward(x, x if z is None else z, sides, modules, weights, biases)
-        ctx.save_for_backward(x, z, *weights, *kept)
+        source = (x, None, None) if z is None else (z, None, None)
+        if z is None and normed is not None:
+            source, ctx.eps = (normed.input, normed.weight, normed.bias), normed.eps
+        ctx.has_dropout = z is not None
+        ctx.save_for_backward(*source, *weights, *kept)
         # no views, which a caller could not change in place
         return tuple(y.resize_(*x.shape[:2], y.size(1)) for y in ys)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *dys):
-        x, z, *tensors = ctx.saved_tensors
+        z, weight, bias, *tensors = ctx.saved_tensors
+        if ctx.eps is not None:
+            z = F.layer_norm(z, z.shape[-1:], weight, bias, ctx.eps).to(tensors[0].dtype)
         weights, kept = tensors[: len(ctx.modules)], iter(tensors[len(ctx.modules) :])
+        shape, z = z.shape, z.flatten(0, 1)
         dys = [dy.contiguous().flatten(0, 1) for dy in dys]
         dx = _frozen_backward(dys, weights) if ctx.needs_input_grad[0] else None
-        inputs = (x if z is None else z).flatten(0, 1)
-        dz = dx if z is None else torch.zeros_like(inputs)
+        dz = torch.zeros_like(z) if ctx.has_dropout else dx
         adapted = {m: dy for m, dy in zip(ctx.modules, dys) if m is not None}
         handed = []
-        for (stacked, blocks), is_trained in zip(ctx.sides, ctx.needs_input_grad[6:]):
+        for (stacked, blocks), is_trained in zip(ctx.sides, ctx.needs_input_grad[7:]):
             handed.append(stacked.start_gradient(blocks) if is_trained else None)
             side_kept = [(next(kept), next(kept)) for _ in blocks]
-            _adapted_backward(adapted, dz, inputs, side_kept, stacked, blocks, is_trained)
-        dz = None if z is None else dz.view_as(z)
-        return None if dx is None else dx.view_as(x), dz, None, None, None, None, *handed
+            _adapted_backward(adapted, dz, z, side_kept, stacked, blocks, is_trained)
+        dx, dz = (None if d is None else d.view(shape) for d in (dx, dz))
+        return dx, dz if ctx.has_dropout else None, None, None, None, None, None, *handed
 
 
 def adapted_linears(x, sides, modules, weights, biases):

@@ -111,6 +111,7 @@ def apply_linears(x, linears):
     first, dtype = adapted[0], autocast_dtype(x.device.type)
     found = _sides(first, x.size(0), dtype or first.weight.dtype)
     x = x.contiguous()
+    normed = _normed(x)
     z = F.dropout(x, first.dropout) if first.training and first.dropout else None
     weights, biases = ([getattr(lin, name) for lin in linears] for name in ("weight", "bias"))
     if dtype is not None:
@@ -121,7 +122,16 @@ def apply_linears(x, linears):
     if z is None and not torch.is_grad_enabled():
         return adapted_linears(x, sides, modules, weights, biases)
     stacks = [side[0] for side in found]
-    return AdaptedLinears.apply(x, z, sides, modules, weights, biases, *stacks)
+    return AdaptedLinears.apply(x, z, normed, sides, modules, weights, biases, *stacks)
+
+
+def _normed(x):
+    """The :class:`~lslora_fairseq.lora.routing.Normed` of this pass whose output x is, or None."""
+    found = current_pass().norms.get(id(x._base))
+    if found is None or x.shape != found.output.shape or not x.is_contiguous():
+        return None
+    # unless it was changed in place, or autocast computed it in another dtype
+    return found if x._version == 0 and x.dtype == found.input.dtype else None
 
 
 def _sides(linear, batch, dtype):

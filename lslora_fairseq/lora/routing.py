@@ -281,13 +281,29 @@ class LayerPass(NamedTuple):
     Attributes:
         routes: index side -> :class:`Route`
         stacks: the layer's adapters -> those of the languages present, and their gradient
+        norms: id of an output of a layer norm -> :class:`Normed`, which holds on to it
     """
 
     routes: dict
     stacks: dict
+    norms: dict
 
 
-NO_PASS = LayerPass({}, {})
+class Normed(NamedTuple):
+    """An output of a layer norm, and what it is computed from.
+
+    The layer norm keeps its input for the backward pass anyway. Linears that read its output can
+    compute that again there, instead of keeping it, too.
+    """
+
+    output: torch.Tensor
+    input: torch.Tensor
+    weight: Optional[torch.Tensor]
+    bias: Optional[torch.Tensor]
+    eps: float
+
+
+NO_PASS = LayerPass({}, {}, {})
 _pass = ContextVar("lslora_pass", default=NO_PASS)
 
 
@@ -298,7 +314,7 @@ def routed(routes):
     Nothing of a batch is kept on a module, so that passes of several threads do not meet, and
     nothing outlives a pass, whether it ends well or not.
     """
-    token = _pass.set(LayerPass(routes, {}))
+    token = _pass.set(LayerPass(routes, {}, {}))
     try:
         yield
     finally:

@@ -16,16 +16,23 @@ from torch import nn
 
 from lslora_fairseq.keys import FUSED_COPIES
 from lslora_fairseq.lora.linear import apply_linears
-from lslora_fairseq.lora.routing import current_pass, routed
+from lslora_fairseq.lora.routing import NO_PASS, Normed, current_pass, routed
 
 MASK = "lslora_mask"  # of the padding among encoder states, beside what fairseq keeps of a step
 
 
 class BatchFirstLayerNorm(nn.LayerNorm):
-    """A layer norm of (time, batch, channel) that leaves batch-first memory batch-first."""
+    """A layer norm of (time, batch, channel) that leaves batch-first memory batch-first.
+
+    In the pass of a layer it tells linears how its output is computed again.
+    """
 
     def forward(self, x):
-        return super().forward(x.transpose(0, 1)).transpose(0, 1)
+        x = x.transpose(0, 1)
+        y, here = super().forward(x), current_pass()
+        if here is not NO_PASS and torch.is_grad_enabled():
+            here.norms[id(y)] = Normed(y, x, self.weight, self.bias, self.eps)
+        return y.transpose(0, 1)
 
 
 class LSLoAttention(MultiheadAttention):

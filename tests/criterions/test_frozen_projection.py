@@ -158,3 +158,19 @@ def test_half_precision_keeps_small_gradients_until_the_loss_is_scaled(pieces, d
         assert half.grad.dtype == dtype and 0 < full.grad.abs().max() < scaled * 1e-3
         error = (half.grad.float() - full.grad).norm() / full.grad.norm()
         assert error < (0.02 if dtype == torch.half else 0.15)  # of a logit of 16, as e^z
+
+
+@pytest.mark.parametrize(
+    "words, dtype, device, number",
+    [
+        (16_000, torch.float, "cpu", 3),  # by tokens
+        (256_125, torch.float, "cpu", 4),  # by bytes
+        (256_125, torch.half, "cpu", 6),  # its softmax is in fp32
+        (16_000, torch.half, "cuda", 1),
+        (256_125, torch.half, "cuda", 3),
+    ],
+)
+def test_a_piece_is_bounded_in_bytes_and_on_a_cpu_in_tokens(words, dtype, device, number):
+    tokens = -(-2000 // number)
+    of_token = words * (4 if dtype == torch.float else 6)
+    assert frozen_projection.pieces(2000, words, dtype, device) == (number, tokens * of_token)

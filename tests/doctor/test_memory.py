@@ -32,7 +32,7 @@ def test_every_part_in_fp32():
         "adapters": 4 * 100 + 100,
         "gradients": 4 * 100,
         "optimizer": 8 * 100,
-        "activations": 4 * 10 * (2 * (68 + 32) + 118 + 32),
+        "activations": 4 * 10 * (2 * (52 + 32) + 94 + 32),
         "output distribution": 16 * 50 * 10,
     }
 
@@ -45,7 +45,7 @@ def test_other_precisions(precision, base, optimizer, activation, logit):
     parts = estimate(SMALL, precision, max_tokens=10)
     assert parts["base model"] == base * 1000
     assert parts["optimizer"] == optimizer * 100
-    assert parts["activations"] == activation * 10 * (2 * (68 + 32) + 118 + 32)
+    assert parts["activations"] == activation * 10 * (2 * (52 + 32) + 94 + 32)
     assert parts["output distribution"] == logit * 50 * 10
 
 
@@ -72,13 +72,13 @@ def test_a_base_in_half_precision_and_adapters_in_fp32():
 
 def test_checkpointed_layers_keep_their_input_alone():
     parts = estimate(SMALL, "fp32", max_tokens=10, checkpointed=True)
-    assert parts["activations"] == 4 * 10 * (3 * 8 + 118 + 32)
+    assert parts["activations"] == 4 * 10 * (3 * 8 + 94 + 32)
 
 
 def test_on_a_cpu_it_is_the_whole_process():
     gpu, cpu = (estimate(SMALL, "fp32", max_tokens=10, process=n) for n in (None, 777))
     assert cpu.pop("process") == 777
-    assert cpu.pop("activations") == gpu.pop("activations") + 4 * 10 * 2.2 * (118 + 32)
+    assert cpu.pop("activations") == gpu.pop("activations") + 4 * 10 * 2.2 * (94 + 32)
     assert cpu.pop("output distribution") == gpu.pop("output distribution") * 3 / 4
     assert cpu == gpu
 

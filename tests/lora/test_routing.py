@@ -134,13 +134,13 @@ def test_routes_end_with_the_pass_and_are_seen_by_its_thread_alone():
     with routed({"source": "outer"}):
         current_pass().stacks["layer"] = "stack"
         with pytest.raises(KeyError), routed({"source": "inner"}):
-            assert current_pass() == ({"source": "inner"}, {})
+            assert current_pass() == ({"source": "inner"}, {}, {})
             thread = Thread(target=lambda: seen.append(current_pass()))
             thread.start()
             thread.join()
             raise KeyError  # as when a forward pass fails
-        assert current_pass() == ({"source": "outer"}, {"layer": "stack"})
-    assert seen == [({}, {})] and current_pass() == ({}, {})
+        assert current_pass() == ({"source": "outer"}, {"layer": "stack"}, {})
+    assert seen == [({}, {}, {})] and current_pass() == ({}, {}, {})
 
 
 @pytest.mark.parametrize("ids, told", [([0, -1], "-1, 0"), ([2, 1], "1, 2")])

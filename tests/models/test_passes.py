@@ -104,7 +104,7 @@ def test_a_pass_that_fails_leaves_nothing_behind(monkeypatch, options):
     assert len(stacks) > 4
     gc.collect()
     assert not any(ref() is not None for ref in stacks)
-    assert current_pass() == ({}, {})
+    assert current_pass() == ({}, {}, {})
     assert torch.equal(model(**net_input)[0], expected)
 
 
