@@ -10,6 +10,8 @@ import torch
 from fairseq.data import Dictionary
 
 from lslora_fairseq.config import LSLoConfig
+from lslora_fairseq.models.base_dtype import cast_base
+from lslora_fairseq.models.lslora_transformer import LSLoTransformerModel
 
 LOW_RANK, HIGH_RANK = 8, 2  # of low-resource languages, and of all others
 PAD = 1
@@ -118,8 +120,13 @@ class Setting:
         return self.place(made)
 
     def place(self, model):
-        """The model on the device, in the precision."""
-        return model.to(self.device, DTYPES[self.precision])
+        """The model on the device, in the precision: all of it, or of this package's models the
+        base, as ``--lora-base-dtype`` has it."""
+        if not isinstance(model, LSLoTransformerModel):
+            return model.to(self.device, DTYPES[self.precision])
+        model.to(self.device)
+        cast_base(model, DTYPES[self.precision])
+        return model
 
     def batch(self, languages, sentences=None, tokens=None):
         """A random batch in the directions between that many languages."""

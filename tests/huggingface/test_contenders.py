@@ -1,11 +1,13 @@
 """The benchmark's contenders of Hugging Face and PEFT."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
-from benchmark.contenders import MixedPEFT, hugging_face_logits  # noqa: E402
+from benchmark.contenders import PEFT, MixedPEFT, hugging_face_logits  # noqa: E402
 from benchmark.shapes import Setting, codes, ranks  # noqa: E402
 
 TINY = Setting(layers=2, dim=16, ffn=32, heads=2, words=40, sentences=9, tokens=6)
@@ -36,3 +38,12 @@ def test_a_mixed_batch_of_peft_trains_the_adapters_of_its_languages():
     for code in codes(LANGUAGES):
         grads = [g for name, g in trained.items() if f"lora_B.{code}." in name]
         assert grads and all(g is not None and g.any() for g in grads)
+
+
+@pytest.mark.parametrize("contender", [PEFT, MixedPEFT])
+def test_over_a_base_in_half_precision_adapters_stay_in_fp32(contender):
+    model = contender(replace(TINY, precision="bf16"), LANGUAGES).model
+    found = {is_trained: set() for is_trained in (True, False)}
+    for param in model.parameters():
+        found[param.requires_grad].add(param.dtype)
+    assert found == {True: {torch.float}, False: {torch.bfloat16}}
