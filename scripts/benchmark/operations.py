@@ -5,8 +5,9 @@ depends on neither width nor device. On a CPU the package is told to work as it 
 """
 
 import warnings
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from unittest.mock import patch
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -16,6 +17,7 @@ from benchmark.contenders import CONTENDERS, FROZEN, HUGGING_FACE, at, loop_note
 from benchmark.measuring import free, progress
 from benchmark.report import Result, Spread, Table
 from benchmark.shapes import Setting
+from lslora_fairseq.criterions import frozen_projection
 from lslora_fairseq.lora import routing
 
 aten = torch.ops.aten
@@ -96,13 +98,12 @@ def _asks(func, args):
 
 @contextmanager
 def as_on_cuda():
-    """On a CPU, lets the package choose its formulations as on a GPU."""
-    kept = routing.COSTS["cpu"]
-    routing.COSTS["cpu"] = routing.COSTS["cuda"]
-    try:
+    """On a CPU, lets the package choose its formulations and the pieces of the loss as on a GPU."""
+    with ExitStack() as changes:
+        for rule in (routing.COSTS, frozen_projection.BUFFER):
+            changes.enter_context(patch.dict(rule, cpu=rule["cuda"]))
+        changes.enter_context(patch.dict(frozen_projection.MOST_TOKENS, clear=True))
         yield
-    finally:
-        routing.COSTS["cpu"] = kept
 
 
 @contextmanager
