@@ -91,9 +91,9 @@ def precision_note(setting):
         return []
     return [
         f"{setting.precision}: this package's adapters, and PEFT's, keep their parameters in fp32 "
-        "over a base in half precision (--lora-base-dtype). All else is in half precision: fairseq's "
-        "optimizers update it by way of fp32 and with their state in fp32; no fp32 copy of it is "
-        "kept and the loss is not scaled"
+        "over a base in half precision (--lora-base-dtype). All else is in half precision: "
+        "fairseq's optimizers update it by way of fp32 and with their state in fp32; no fp32 copy "
+        "of it is kept and the loss is not scaled"
     ]
 
 
