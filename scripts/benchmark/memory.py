@@ -89,8 +89,8 @@ def memory(options):
         name = label
         if label in (OURS, LOOP):
             name = f"{label}, {languages} language{'s' if languages > 1 else ''}"
-        progress(f"memory: {name}")
         raw[name] = memory_of(step_memory, options.setting, label, languages, options.threads)
+        progress(f"memory: {name}, {raw[name][1] / MEGABYTE:,.0f} MiB above model and batch")
     full = raw[FULL][1]
     rows = {
         name: [Spread.of([value]) for value in (built / MEGABYTE, above / MEGABYTE, above / full)]
