@@ -90,3 +90,19 @@ def test_languages_absent_from_the_batch_take_no_part():
         found.append((work.done, saved, [p.grad.shape for p in given], kept))
     for few, many in zip(*found):
         assert few == many
+
+
+@pytest.mark.parametrize("inner", INNER_OPTIMIZERS)
+def test_a_layer_that_was_left_out_has_zeros_for_the_languages_present(inner):
+    """As by --encoder-layerdrop: momentum and decay go on there as in any other layer."""
+    ended = []
+    for is_none in (True, False):
+        model = set_adapters(build())
+        optimizer = optimizer_for(model, inner, weight_decay=0.1)
+        update(model, optimizer, ALL)
+        model(**batch(ALL))[0].square().mean().backward()
+        for param in adapters(model.encoder.layers[0]):
+            param.grad = None if is_none else torch.zeros_like(param)
+        optimizer.step()
+        ended.append([snapshot(model, optimizer, la, s) for s in SIDES for la in range(4)])
+    assert same(*ended)
